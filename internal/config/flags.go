@@ -1,0 +1,194 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+// Flags adds the settings of every command to fs.
+func (c *Common) Flags(fs *pflag.FlagSet) {
+	fs.StringVar(&c.RunDir, "run-dir", DefaultRunDir, "`DIR` of the control sockets and locks")
+	fs.StringVar(&c.StateDir, "state-dir", DefaultStateDir, "`DIR` of images, logs and caches")
+	fs.StringVar(&c.File, FileKey, "", "YAML `FILE` of settings; its keys are the names of the flags")
+	fs.BoolVarP(&c.Verbose, "verbose", "v", false, "log more")
+	c.LogFormat = LogFormatText
+	fs.Var(&choice{dst: &c.LogFormat, now: []string{LogFormatText, LogFormatJSON}}, "log-format", "`text|json`, on standard error")
+}
+
+// Flags adds the settings of protect to fs.
+func (p *Protect) Flags(fs *pflag.FlagSet) {
+	nameFlag(fs, &p.Name)
+	fs.IntVar(&p.PID, "pid", 0, "protect process `N` and its children")
+	fs.Var(&prefix{dst: &p.VIP}, "vip", "the service's `ADDR/LEN`, which moves to the standby with it")
+	fs.StringVar(&p.Dev, "dev", "", "`IFACE` the address is on")
+	fs.StringVar(&p.Join, "join", "", "log of a standby or a logserver: the `STRING` it printed (a secret: better in FTCKPT_JOIN)")
+	fs.StringVar(&p.Log, "log", "", "log at the `URL` of a NATS server or cluster (nats://, tls://)")
+	fs.Var(&ports{dst: &p.Ports}, "port", "protect TCP port `P` (repeat for several; default all it listens on)")
+	fs.DurationVar(&p.Interval, "interval", DefaultInterval, "`TIME` between generations; 0 for only when asked (ftckpt checkpoint)")
+	p.Commit = CommitLog
+	fs.Var(&choice{dst: &p.Commit, now: []string{CommitLog}, later: []string{"ack", "checkpoint"}}, "commit", "when output may leave: `log`, once all it depends on is stable")
+	p.OnCrash = OnCrashFailover
+	fs.Var(&choice{dst: &p.OnCrash, now: []string{OnCrashFailover}, later: []string{"local"}}, "on-crash", "what follows the server's death: `failover`, to a standby")
+	fs.Var(later{}, "schedule", "")
+	if err := fs.MarkHidden("schedule"); err != nil {
+		panic(err) // it was added one line above
+	}
+}
+
+// Flags adds the settings of standby to fs.
+func (s *Standby) Flags(fs *pflag.FlagSet) {
+	nameFlag(fs, &s.Name)
+	fs.StringVar(&s.Dev, "dev", "", "`IFACE` to put the service's address on")
+	fs.StringVar(&s.Log, "log", DefaultEmbed, "log at this `URL` (nats://, tls://), or in this process (embed://ADDR:PORT)")
+	s.Mode = ModeWarm
+	fs.Var(&choice{dst: &s.Mode, now: []string{ModeCold, ModeWarm}, later: []string{"hot"}}, "mode", "`cold|warm`: newest image left in the log, or kept here and ready")
+	fs.DurationVar(&s.Detect, "detect", DefaultDetect, "suspect the primary after this `TIME` of silence")
+}
+
+// Flags adds the settings of logserver to fs.
+func (l *LogServer) Flags(fs *pflag.FlagSet) {
+	fs.StringVar(&l.Listen, "listen", "", "`ADDR:PORT` to listen on")
+	fs.StringVar(&l.Store, "store", "", "`DIR` of the log (default logserver in --state-dir)")
+	l.Sync = SyncAlways
+	fs.Var(&choice{dst: &l.Sync, now: []string{SyncAlways, SyncInterval}}, "sync",
+		"`always|interval`: each record survives power loss of this host, or only its process's death")
+}
+
+// Flags adds the settings of demo to fs.
+func (d *Demo) Flags(fs *pflag.FlagSet) {
+	fs.BoolVar(&d.JSON, "json", false, "end with one summary object")
+	fs.StringVar(&d.Report, "report", "", "write a page of the run to `FILE.html`")
+	d.Fault = FaultHost
+	fs.Var(&choice{dst: &d.Fault, now: []string{FaultProcess, FaultHost}}, "fault", "kill the server's `process|host`")
+	d.LogAt = LogAtStandby
+	fs.Var(&choice{dst: &d.LogAt, now: []string{LogAtStandby, LogAtLogHost}}, "log-at", "the log is on the `standby|log` host")
+	fs.IntVar(&d.Connections, "connections", 10, "`N` long-lived client connections")
+	fs.DurationVar(&d.Duration, "duration", 20*time.Second, "`TIME` the load lasts, the fault being within it")
+	fs.Uint64Var(&d.Seed, "seed", 0, "`N` to repeat a run's random choices (default one at random, which is printed)")
+}
+
+func nameFlag(fs *pflag.FlagSet, dst *string) {
+	fs.StringVar(dst, "name", DefaultName, "`NAME` of the service")
+}
+
+// choice is a flag with a few values. Those in later are the contract's but
+// not this version's: they are refused by name, not as unknown.
+type choice struct {
+	dst        *string
+	now, later []string
+}
+
+func (c *choice) String() string {
+	if c.dst == nil {
+		return ""
+	}
+	return *c.dst
+}
+func (c *choice) Type() string { return "string" }
+func (c *choice) Set(s string) error {
+	switch {
+	case slices.Contains(c.now, s):
+		*c.dst = s
+		return nil
+	case slices.Contains(c.later, s):
+		return fmt.Errorf("not in this version yet; it has %s", strings.Join(c.now, ", "))
+	default:
+		return fmt.Errorf("want %s", strings.Join(c.now, " or "))
+	}
+}
+
+// later is a flag of the contract that this version does not have.
+type later struct{}
+
+func (later) String() string   { return "" }
+func (later) Type() string     { return "string" }
+func (later) Set(string) error { return errors.New("not in this version yet") }
+
+// prefix is an address with the length of its network.
+type prefix struct{ dst *netip.Prefix }
+
+func (p *prefix) String() string {
+	if p.dst == nil || !p.dst.IsValid() {
+		return ""
+	}
+	return p.dst.String()
+}
+func (p *prefix) Type() string { return "prefix" }
+func (p *prefix) Set(s string) error {
+	v, err := netip.ParsePrefix(s)
+	if err != nil {
+		return errors.New("want ADDR/LEN, as 192.0.2.10/24")
+	}
+	*p.dst = v
+	return nil
+}
+
+// ports is a list of TCP ports, given one by one or with commas between.
+type ports struct {
+	dst *[]uint16
+	set bool // the default is gone
+}
+
+func (p *ports) String() string {
+	if p.dst == nil {
+		return ""
+	}
+	return strings.Join(p.GetSlice(), ",")
+}
+func (p *ports) Type() string { return "port" }
+func (p *ports) Set(s string) error {
+	if !p.set {
+		*p.dst, p.set = nil, true
+	}
+	for f := range strings.SplitSeq(s, ",") {
+		if err := p.Append(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Append implements pflag.SliceValue.
+func (p *ports) Append(s string) error {
+	n, err := parsePort(strings.TrimSpace(s))
+	if err != nil {
+		return err
+	}
+	*p.dst = append(*p.dst, n)
+	return nil
+}
+
+// Replace implements pflag.SliceValue.
+func (p *ports) Replace(list []string) error {
+	*p.dst, p.set = nil, true
+	for _, s := range list {
+		if err := p.Append(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// GetSlice implements pflag.SliceValue.
+func (p *ports) GetSlice() []string {
+	list := make([]string, 0, len(*p.dst))
+	for _, n := range *p.dst {
+		list = append(list, strconv.Itoa(int(n)))
+	}
+	return list
+}
+
+func parsePort(s string) (uint16, error) {
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil {
+		return 0, errors.New("want a port from 1 to 65535")
+	}
+	return uint16(n), nil
+}
