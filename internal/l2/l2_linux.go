@@ -1,0 +1,141 @@
+package l2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/mdlayher/packet"
+	"golang.org/x/sys/unix"
+)
+
+// probes is how often Probe asks (PROBE_NUM of RFC 5227 section 1.1).
+const probes = 3
+
+// Announce tells everyone on iface's segment that addr is at iface's hardware
+// address: one round of gratuitous ARP (request and reply), or an unsolicited
+// neighbour advertisement. It does not look whether addr is configured. A
+// single round may be lost: callers repeat it.
+func Announce(iface string, addr netip.Addr) error {
+	ifi, err := net.InterfaceByName(iface)
+	if err != nil {
+		return fmt.Errorf("announce %v on %s: %w", addr, iface, err)
+	}
+	var frames [][]byte
+	proto, dst := unix.ETH_P_ARP, broadcast
+	if addr.Is4() {
+		request, reply, err := GratuitousARP(ifi.HardwareAddr, addr)
+		if err != nil {
+			return err
+		}
+		frames = [][]byte{request, reply}
+	} else {
+		na, err := UnsolicitedNA(ifi.HardwareAddr, addr)
+		if err != nil {
+			return err
+		}
+		frames, proto, dst = [][]byte{na}, unix.ETH_P_IPV6, allNodesMAC
+	}
+	conn, err := packet.Listen(ifi, packet.Raw, proto, nil)
+	if err != nil {
+		return fmt.Errorf("announce %v on %s: open packet socket (needs CAP_NET_RAW): %w", addr, iface, err)
+	}
+	defer conn.Close()
+	for _, f := range frames {
+		if _, err := conn.WriteTo(f, &packet.Addr{HardwareAddr: dst}); err != nil {
+			return fmt.Errorf("announce %v on %s: %w", addr, iface, err)
+		}
+	}
+	return nil
+}
+
+// Probe asks three times within timeout whether anybody on iface's segment has
+// addr, and answers as soon as somebody shows that he has, with his hardware
+// address. Hardware addresses of this network namespace's own interfaces and
+// those in ours are not taken for an answer. inUse false means only that nobody
+// answered in time.
+//
+// A macvlan and the interface it stands on do not hear each other: probing on
+// a host interface never finds an address on a macvlan of that same interface.
+func Probe(ctx context.Context, iface string, addr netip.Addr, timeout time.Duration, ours ...net.HardwareAddr) (mac net.HardwareAddr, inUse bool, err error) {
+	fail := func(err error) (net.HardwareAddr, bool, error) {
+		return nil, false, fmt.Errorf("probe %v on %s: %w", addr, iface, err)
+	}
+	ifi, err := net.InterfaceByName(iface)
+	if err != nil {
+		return fail(err)
+	}
+	own, err := net.Interfaces()
+	if err != nil {
+		return fail(err)
+	}
+	for _, i := range own {
+		ours = append(ours, i.HardwareAddr)
+	}
+
+	proto, build, claimant := unix.ETH_P_ARP, ProbeARP, arpClaimant
+	if !addr.Is4() {
+		proto, build, claimant = unix.ETH_P_IPV6, ProbeNS, neighbourClaimant
+	}
+	question, err := build(ifi.HardwareAddr, addr)
+	if err != nil {
+		return nil, false, err
+	}
+	dst := &packet.Addr{HardwareAddr: question[:macLen]}
+
+	conn, err := packet.Listen(ifi, packet.Raw, proto, nil)
+	if err != nil {
+		return fail(fmt.Errorf("open packet socket (needs CAP_NET_RAW): %w", err))
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+
+	start := time.Now()
+	buf := make([]byte, ifi.MTU+ethernetLen)
+	for i := range probes {
+		if _, err := conn.WriteTo(question, dst); err != nil {
+			return fail(errors.Join(ctx.Err(), err))
+		}
+		until := start.Add(timeout * time.Duration(i+1) / probes)
+		if err := conn.SetReadDeadline(until); err != nil {
+			return fail(errors.Join(ctx.Err(), err))
+		}
+		for {
+			n, _, err := conn.ReadFrom(buf)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			if err != nil {
+				return fail(errors.Join(ctx.Err(), err))
+			}
+			who := claimant(buf[:n], addr)
+			if who != nil && !slices.ContainsFunc(ours, func(m net.HardwareAddr) bool { return slices.Equal(m, who) }) {
+				return who, true, nil
+			}
+		}
+	}
+	return nil, false, nil
+}
+
+// arpClaimant returns the hardware address that frame shows addr to be at.
+func arpClaimant(frame []byte, addr netip.Addr) net.HardwareAddr {
+	a, err := ParseARP(frame)
+	if err != nil || !a.Claims(addr) {
+		return nil
+	}
+	return a.SenderMAC
+}
+
+func neighbourClaimant(frame []byte, addr netip.Addr) net.HardwareAddr {
+	n, err := ParseNeighbour(frame)
+	if err != nil || !n.Claims(addr) {
+		return nil
+	}
+	return n.SenderMAC
+}
