@@ -47,6 +47,7 @@ const (
 	KindGeneration  Kind = 8
 	KindServerExit  Kind = 9
 	KindHello       Kind = 10
+	KindGoodbye     Kind = 11
 )
 
 // Record is one entry of the log. The concrete types below are all there are.
@@ -143,6 +144,14 @@ type Generation struct {
 type ServerExit struct {
 	Status uint32 // wait status as in wait(2); 0 when it could not be had
 }
+
+// Goodbye says that the primary ended protection on purpose and left the
+// server running: its silence from here on is no failure, and a standby must
+// not take over.
+type Goodbye struct{}
+
+// Kind implements Record.
+func (Goodbye) Kind() Kind { return KindGoodbye }
 
 // Kind implements Record.
 func (Hello) Kind() Kind { return KindHello }

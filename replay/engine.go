@@ -1,0 +1,327 @@
+package replay
+
+import (
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+// Bounds of a roll-forward.
+const (
+	// maxInjection is the most payload that one injected segment carries: large
+	// ones are several times faster, and must leave room for the headers in 64 KiB.
+	maxInjection = 32 << 10
+	// firstCredit is how far a connection may be fed before its restored TCP has
+	// shown a window.
+	firstCredit = 16 << 10
+	// stall is how long the head of the log may wait for a window before it is
+	// probed; after stallTries its connection stops holding the others up.
+	stall      = 15 * time.Millisecond
+	stallTries = 2
+	// resend is how many segments one retransmission repeats.
+	resend = 64
+	// maxQueued is how many octets may wait to be injected (Engine.Full).
+	maxQueued = 256 << 20
+	// maxHeld is how many packets of clients may wait for go-live.
+	maxHeld = 8192
+)
+
+// Survivor is a connection of the generation's image with all that the log
+// says of where its client stands.
+type Survivor struct {
+	Cut   tcpwrap.Cut      // as in the image
+	State stream.ConnState // newest in the log; zero when there is none
+	Known bool             // State is set
+	TS    uint32           // the timestamp clock the image was restored with
+}
+
+// Engine rolls restored connections forward: it plays the client to the
+// restored TCP (the patent's "spoofed" segments), swallows what the real client
+// already has and keeps the rest until it may leave.
+//
+// Like tcpwrap.Machine it is a deterministic machine: events in, Ready out, not
+// safe for concurrent use. The order of events is Start, then Feed in the log's
+// order, Fed at the log's end, and Packet and Tick at any time; when Done, GoLive.
+type Engine struct {
+	Ready tcpwrap.Ready
+
+	conns  map[stream.FourTuple]*line
+	byID   map[stream.ConnID]*line
+	order  []*line // whose turn it is: one entry for each queued event
+	behind []*line // lagging: no longer hold the others up
+	queued int
+	fed    bool
+	live   bool
+
+	headSince time.Time
+	headTries int
+
+	waiting []Waiting
+	stats   Stats
+}
+
+// Waiting is a packet of a client that came before go-live.
+type Waiting struct {
+	ID      tcpwrap.PacketID
+	Segment tcpwrap.Segment
+}
+
+// Stats count a roll-forward.
+type Stats struct {
+	Injected, InjectedBytes   uint64
+	Swallowed, SwallowedBytes uint64
+	Resent                    uint64
+	Kept                      uint64 // output the client had not seen, kept for go-live
+	Refused                   uint64 // client packets dropped for want of room
+}
+
+type eventKind uint8
+
+const (
+	evData eventKind = iota
+	evFin
+	evReset
+)
+
+type event struct {
+	kind eventKind
+	seq  seqnum.Value
+	data []byte
+}
+
+func (e *event) end() seqnum.Value {
+	n := seqnum.Size(len(e.data))
+	if e.kind == evFin {
+		n++
+	}
+	return e.seq.Add(n)
+}
+
+// line is one connection on its way from the image to the present.
+type line struct {
+	cut tcpwrap.Cut
+
+	todo []event // not injected yet
+	sent []event // injected, not acknowledged by the restored TCP
+
+	injNxt    seqnum.Value // next octet to inject
+	logged    seqnum.Value // the log's edge
+	finLogged bool
+	reset     bool // the client reset it
+
+	ack  seqnum.Value // the real client's acknowledgement
+	edge seqnum.Value // right edge of the real client's window
+
+	kSeen  bool // the restored TCP has sent something
+	kAck   seqnum.Value
+	kEdge  seqnum.Value
+	kNxt   seqnum.Value // highest it has sent, plus one
+	kFin   bool
+	kReset bool
+	kTS    uint32
+
+	clientTS uint32
+	lagging  bool // no longer holds the others up
+	moved    time.Time
+	probes   int
+	kept     []tcpwrap.PacketID
+}
+
+// NewEngine begins a roll-forward.
+func NewEngine(survivors []Survivor) *Engine {
+	e := &Engine{conns: map[stream.FourTuple]*line{}, byID: map[stream.ConnID]*line{}}
+	for i := range survivors {
+		s := &survivors[i]
+		c := s.Cut
+		l := &line{
+			cut: c, injNxt: c.RcvNxt, logged: c.RcvNxt, finLogged: c.ClientFin,
+			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd),
+			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kFin: c.ServerFin,
+			kTS: s.TS, clientTS: c.ClientTS,
+		}
+		if s.Known {
+			l.ack = seqnum.Max(l.ack, s.State.ClientAck)
+			l.edge = seqnum.Max(l.edge, s.State.ClientEdge)
+			if s.State.ClientTS != 0 {
+				l.clientTS = s.State.ClientTS
+			}
+		}
+		e.conns[c.Tuple] = l
+		e.byID[c.Conn] = l
+	}
+	return e
+}
+
+// Start tells every restored TCP what its client has acknowledged and offers.
+func (e *Engine) Start(now time.Time) {
+	e.headSince = now
+	for _, l := range e.conns {
+		l.moved = now
+		e.acknowledge(l)
+	}
+}
+
+// Feed takes the log's next record. Records of connections that are not
+// survivors and octets that are in the image are left out.
+func (e *Engine) Feed(now time.Time, r stream.Record) {
+	switch r := r.(type) {
+	case stream.Bytes:
+		e.queue(r.Conn, event{evData, r.Seq, r.Payload})
+	case stream.ClientFin:
+		e.queue(r.Conn, event{evFin, r.Seq, nil})
+	case stream.ClientReset:
+		e.queue(r.Conn, event{evReset, r.Seq, nil})
+	}
+	e.pump(now)
+}
+
+func (e *Engine) queue(id stream.ConnID, ev event) {
+	l := e.byID[id]
+	if l == nil || l.reset {
+		return
+	}
+	switch ev.kind {
+	case evReset:
+		l.reset = true
+	default:
+		end := ev.end()
+		if end.LessEq(l.logged) {
+			return
+		}
+		if ev.seq.Less(l.logged) {
+			ev.data = ev.data[ev.seq.To(l.logged):]
+			ev.seq = l.logged
+		}
+		l.logged = end
+		l.finLogged = l.finLogged || ev.kind == evFin
+	}
+	l.todo = append(l.todo, ev)
+	e.queued += len(ev.data)
+	if !l.lagging {
+		e.order = append(e.order, l)
+	}
+}
+
+// Full says that enough waits to be injected; feed on when it no longer is.
+func (e *Engine) Full() bool { return e.queued > maxQueued }
+
+// Fed says that the log has ended.
+func (e *Engine) Fed(now time.Time) {
+	e.fed = true
+	e.pump(now)
+	for _, l := range e.conns {
+		e.hurry(l)
+	}
+}
+
+// Packet is a caught packet: outbound ones come from the restored TCP, inbound
+// ones from the real clients.
+func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) {
+	if s.Dir == tcpwrap.Inbound {
+		e.fromClient(id, s)
+		return
+	}
+	l := e.conns[s.Tuple]
+	if l == nil {
+		e.Ready.Decide(id, tcpwrap.Drop)
+		return
+	}
+	e.fromServer(now, l, id, s)
+	e.pump(now)
+}
+
+// fromClient keeps a real client's packet for go-live and takes from it what
+// it says about the outstream: it is newer than anything the log has.
+func (e *Engine) fromClient(id tcpwrap.PacketID, s *tcpwrap.Segment) {
+	l := e.conns[s.Tuple]
+	if l != nil && s.Flags.Has(tcpwrap.ACK) && s.Flags&(tcpwrap.RST|tcpwrap.SYN) == 0 {
+		e.heard(l, s)
+	}
+	if e.live && l != nil { // lagging: its octets would overtake those of the log
+		e.Ready.Decide(id, tcpwrap.Drop)
+		if s.Flags.Has(tcpwrap.RST) && s.Seq == l.logged {
+			e.queue(l.cut.Conn, event{evReset, s.Seq, nil})
+			return
+		}
+		e.acknowledge(l)
+		return
+	}
+	if len(e.waiting) >= maxHeld {
+		e.stats.Refused++
+		e.Ready.Decide(id, tcpwrap.Drop)
+		return
+	}
+	w := Waiting{id, *s}
+	w.Segment.Payload = append([]byte(nil), s.Payload...)
+	w.Segment.RawOptions = append([]byte(nil), s.RawOptions...)
+	e.waiting = append(e.waiting, w)
+}
+
+// heard takes note of an acknowledgement. One that covers output which the
+// restored server has not made again yet is believed: the client cannot have
+// it from anyone but the old primary.
+func (e *Engine) heard(l *line, s *tcpwrap.Segment) {
+	moved := l.ack.Less(s.Ack)
+	l.ack = seqnum.Max(l.ack, s.Ack)
+	l.edge = seqnum.Max(l.edge, s.Ack.Add(seqnum.Size(s.Window)<<l.cut.SndWScale))
+	if s.Options.HasTS && (l.clientTS == 0 || seqnum.Value(l.clientTS).Less(seqnum.Value(s.Options.TSVal))) {
+		l.clientTS = s.Options.TSVal
+	}
+	if moved && !e.live {
+		e.acknowledge(l)
+	}
+}
+
+func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpwrap.Segment) {
+	if s.Options.HasTS {
+		l.kTS = s.Options.TSVal
+	}
+	end := s.End()
+	if s.Flags.Has(tcpwrap.ACK) {
+		e.acked(now, l, s)
+	}
+	l.kNxt = seqnum.Max(l.kNxt, end)
+	l.kFin = l.kFin || s.Flags.Has(tcpwrap.FIN)
+	if s.Flags.Has(tcpwrap.RST) {
+		l.kReset = true
+	}
+	switch {
+	case s.Flags.Has(tcpwrap.RST) || l.ack.Less(end):
+		// The client has not seen it, or not all of it: it leaves at go-live.
+		if e.live {
+			e.Ready.Decide(id, tcpwrap.Accept)
+			return
+		}
+		e.stats.Kept++
+		l.kept = append(l.kept, id)
+		if s.Seq.Less(l.ack) {
+			e.acknowledge(l)
+		}
+	default:
+		e.Ready.Decide(id, tcpwrap.Drop)
+		if s.Len() > 0 {
+			e.stats.Swallowed++
+			e.stats.SwallowedBytes += uint64(len(s.Payload))
+			e.acknowledge(l)
+		}
+	}
+}
+
+// acked takes the restored TCP's acknowledgement and window. The latest window
+// counts, not the largest: the first probe after a restore may offer far too
+// much.
+func (e *Engine) acked(now time.Time, l *line, s *tcpwrap.Segment) {
+	l.kSeen = true
+	l.kEdge = s.Ack.Add(seqnum.Size(s.Window) << l.cut.RcvWScale)
+	if l.kAck.Less(s.Ack) {
+		l.kAck, l.moved = s.Ack, now
+		n := 0
+		for n < len(l.sent) && l.sent[n].end().LessEq(l.kAck) {
+			n++
+		}
+		clear(l.sent[:n])
+		l.sent = l.sent[n:]
+	}
+}

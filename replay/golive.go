@@ -1,0 +1,144 @@
+package replay
+
+import (
+	"fmt"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+// Condemned is a survivor that could not be brought to where its client
+// stands.
+type Condemned struct {
+	Conn  stream.ConnID
+	Tuple stream.FourTuple
+	Why   string
+}
+
+// Condemn gives up the connections that have not caught up: where a recovery
+// cannot be exact it resets that connection and says so (promise 4). Both ends
+// are told, the client at go-live.
+func (e *Engine) Condemn() []Condemned {
+	var out []Condemned
+	for t, l := range e.conns {
+		if l.lagging || l.caughtUp() {
+			continue
+		}
+		why := fmt.Sprintf("the restored server's TCP acknowledged %d of %d logged octets", l.cut.RcvNxt.To(l.kAck), l.cut.RcvNxt.To(l.logged))
+		if l.kNxt.Less(l.ack) {
+			why = fmt.Sprintf("the client has %d octets that the restored server did not send again", l.kNxt.To(l.ack))
+		}
+		out = append(out, Condemned{l.cut.Conn, t, why})
+		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
+		for _, id := range l.kept {
+			e.Ready.Decide(id, tcpwrap.Drop)
+		}
+		e.Ready.Send(tcpwrap.Outgoing{Tuple: t, Seq: l.ack, Ack: l.logged, Flags: tcpwrap.RST | tcpwrap.ACK})
+		e.drop(l)
+	}
+	if len(out) > 0 {
+		e.order = nil
+		for _, l := range e.conns {
+			for range l.todo {
+				if !l.lagging {
+					e.order = append(e.order, l)
+				}
+			}
+		}
+	}
+	return out
+}
+
+func (e *Engine) drop(l *line) {
+	for i := range l.todo {
+		e.queued -= len(l.todo[i].data)
+	}
+	delete(e.conns, l.cut.Tuple)
+	delete(e.byID, l.cut.Conn)
+}
+
+// GoLive ends the roll-forward: what was kept for the clients leaves, and each
+// client gets one ACK that puts its retransmission timer right (66 ms of stall
+// with it, 240 without). The answer is where each connection stands now, for
+// the machine that protects it from here on, and the clients' packets that
+// waited, to be handed to that machine in order. Connections that lag stay with
+// the engine until Joined gives them up.
+func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
+	e.live = true
+	for _, l := range e.conns {
+		for _, id := range l.kept {
+			e.Ready.Decide(id, tcpwrap.Accept)
+		}
+		l.kept = nil
+		if l.lagging && !l.caughtUp() {
+			continue
+		}
+		if l.over() {
+			e.drop(l)
+			continue
+		}
+		e.nudge(l)
+		cuts = append(cuts, l.here())
+		e.drop(l)
+	}
+	for _, w := range e.waiting {
+		if e.conns[w.Segment.Tuple] != nil { // lagging: the client sends it again
+			e.Ready.Decide(w.ID, tcpwrap.Drop)
+			continue
+		}
+		waiting = append(waiting, w)
+	}
+	e.waiting = nil
+	return cuts, waiting
+}
+
+// Joined gives up the lagging connections that have caught up since.
+func (e *Engine) Joined() []tcpwrap.Cut {
+	var cuts []tcpwrap.Cut
+	for _, l := range e.conns {
+		if !e.live || !l.caughtUp() {
+			continue
+		}
+		if !l.over() {
+			e.nudge(l)
+			cuts = append(cuts, l.here())
+		}
+		e.drop(l)
+	}
+	return cuts
+}
+
+// Owns reports whether packets of a connection belong to the engine. After
+// GoLive these are the lagging ones alone.
+func (e *Engine) Owns(t stream.FourTuple) bool { return !e.live || e.conns[t] != nil }
+
+// Remaining is the number of connections the engine still has.
+func (e *Engine) Remaining() int { return len(e.conns) }
+
+// Stats answers the counts.
+func (e *Engine) Stats() Stats { return e.stats }
+
+func (l *line) here() tcpwrap.Cut {
+	c := l.cut
+	c.RcvNxt, c.ClientFin = l.logged, l.finLogged
+	c.SndUna = seqnum.Min(l.ack, l.kNxt)
+	c.SndNxt, c.ServerFin = l.kNxt, l.kFin
+	c.SndWnd = 0
+	if c.SndUna.Less(l.edge) {
+		c.SndWnd = c.SndUna.To(l.edge)
+	}
+	c.ClientTS, c.ServerTS = l.clientTS, l.kTS
+	return c
+}
+
+func (e *Engine) nudge(l *line) {
+	var win uint16
+	if l.kAck.Less(l.kEdge) {
+		win = uint16(min(65535, uint32(l.kAck.To(l.kEdge))>>l.cut.RcvWScale))
+	}
+	e.Ready.Send(tcpwrap.Outgoing{
+		Tuple: l.cut.Tuple, Seq: l.kNxt, Ack: l.kAck, Flags: tcpwrap.ACK, Window: win,
+		HasTS: l.cut.HasTS, TSVal: l.kTS, TSEcr: l.clientTS,
+	})
+}

@@ -1,0 +1,180 @@
+package replay
+
+import (
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+// pump injects what the windows allow: in the log's order, but for lagging
+// connections, which go at their own pace.
+func (e *Engine) pump(now time.Time) {
+	for len(e.order) > 0 {
+		l := e.order[0]
+		if !l.lagging && !e.inject(l) {
+			break
+		}
+		e.order = e.order[1:] // the turn of a lagging connection is void
+		e.headSince, e.headTries = now, 0
+	}
+	for _, l := range e.behind {
+		for len(l.todo) > 0 && e.inject(l) {
+		}
+	}
+}
+
+// inject feeds a connection's next event to the restored TCP, as far as the
+// window goes; it answers whether all of it went.
+func (e *Engine) inject(l *line) bool {
+	ev := &l.todo[0]
+	switch ev.kind {
+	case evReset:
+		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.injNxt, nil)
+		l.sent = nil
+	case evFin:
+		e.send(l, tcpwrap.FIN|tcpwrap.ACK, l.injNxt, nil)
+		l.sent = append(l.sent, *ev)
+		l.injNxt = l.injNxt.Add(1)
+	default:
+		for len(ev.data) > 0 {
+			if !l.injNxt.Less(l.kEdge) {
+				return false
+			}
+			n := min(len(ev.data), maxInjection, int(l.injNxt.To(l.kEdge)))
+			e.send(l, tcpwrap.ACK|tcpwrap.PSH, l.injNxt, ev.data[:n])
+			e.stats.Injected++
+			e.stats.InjectedBytes += uint64(n)
+			l.sent = append(l.sent, event{evData, l.injNxt, ev.data[:n]})
+			l.injNxt = l.injNxt.Add(seqnum.Size(n))
+			ev.seq, ev.data = l.injNxt, ev.data[n:]
+			e.queued -= n
+		}
+	}
+	l.todo[0] = event{}
+	l.todo = l.todo[1:]
+	return true
+}
+
+// send gives the restored TCP a segment from the client.
+func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byte) {
+	ack := seqnum.Min(l.kNxt, l.ack) // never more than it has sent: TCP would drop the segment whole
+	var win uint16
+	if ack.Less(l.edge) {
+		// Rounded up: a window that shrank by the rounding would look like one
+		// taken back.
+		shift := l.cut.SndWScale
+		win = uint16(min(65535, (uint32(ack.To(l.edge))+1<<shift-1)>>shift))
+	}
+	e.Ready.Send(tcpwrap.Outgoing{
+		Up: true, Tuple: l.cut.Tuple, Seq: seq, Ack: ack, Flags: flags, Window: win,
+		HasTS: l.cut.HasTS, TSVal: l.clientTS, TSEcr: l.kTS, Payload: data,
+	})
+}
+
+// acknowledge tells the restored TCP what the client has of its output.
+func (e *Engine) acknowledge(l *line) {
+	if !l.reset && !l.kReset {
+		e.send(l, tcpwrap.ACK, l.kAck, nil)
+	}
+}
+
+// hurry makes the restored TCP acknowledge at once: a duplicate gets an
+// immediate ACK (RFC 9293, 3.10.7.4), where news would get a delayed one.
+func (e *Engine) hurry(l *line) {
+	if len(l.sent) == 0 {
+		return
+	}
+	last := &l.sent[len(l.sent)-1]
+	if last.kind == evFin {
+		e.send(l, tcpwrap.FIN|tcpwrap.ACK, last.seq, nil)
+		return
+	}
+	n := len(last.data)
+	e.send(l, tcpwrap.ACK, last.end().Sub(1), last.data[n-1:])
+}
+
+// resend repeats what the restored TCP has not acknowledged: it drops what
+// overruns its receive buffer.
+func (e *Engine) resend(l *line) {
+	for i := range l.sent {
+		if i == resend {
+			break
+		}
+		ev := &l.sent[i]
+		e.stats.Resent++
+		if ev.kind == evFin {
+			e.send(l, tcpwrap.FIN|tcpwrap.ACK, ev.seq, nil)
+		} else {
+			e.send(l, tcpwrap.ACK, ev.seq, ev.data)
+		}
+	}
+}
+
+// Tick sees to connections that do not move. Call it every few milliseconds.
+func (e *Engine) Tick(now time.Time) {
+	if len(e.order) > 0 && now.Sub(e.headSince) >= stall {
+		l := e.order[0]
+		e.headSince = now
+		e.headTries++
+		if e.headTries > stallTries {
+			l.lagging = true
+			e.behind = append(e.behind, l)
+		} else {
+			e.probe(l)
+		}
+		e.pump(now)
+	}
+	for _, l := range e.conns {
+		if (len(l.sent) > 0 || len(l.todo) > 0) && now.Sub(l.moved) >= stall {
+			l.moved = now
+			l.probes++
+			if len(l.sent) > 0 && l.probes%2 == 0 {
+				e.resend(l)
+			} else {
+				e.probe(l)
+			}
+		}
+	}
+}
+
+// probe asks the restored TCP where it stands.
+func (e *Engine) probe(l *line) {
+	if len(l.sent) > 0 {
+		e.hurry(l)
+		return
+	}
+	// Nothing is under way and the window is shut: one octet beyond it, as a
+	// zero-window probe (RFC 9293, 3.8.6.1), or the octet before.
+	if len(l.todo) > 0 && l.todo[0].kind == evData {
+		e.send(l, tcpwrap.ACK, l.injNxt, l.todo[0].data[:1])
+	}
+}
+
+// caughtUp reports whether a connection stands where the log and its client
+// are.
+func (l *line) caughtUp() bool {
+	if l.kReset || l.reset && len(l.todo) == 0 {
+		return true
+	}
+	return len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.ack.LessEq(l.kNxt)
+}
+
+// Done reports whether every connection that does not lag has caught up with
+// the log and its client.
+func (e *Engine) Done() bool {
+	if !e.fed || len(e.order) > 0 {
+		return false
+	}
+	for _, l := range e.conns {
+		if !l.lagging && !l.caughtUp() {
+			return false
+		}
+	}
+	return true
+}
+
+// over reports whether the connection has ended in both directions.
+func (l *line) over() bool {
+	return l.kReset || l.reset || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
+}

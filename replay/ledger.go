@@ -1,0 +1,156 @@
+// Package replay is recovery: it restores the newest generation in a capsule,
+// feeds the logged octets back through the south side, swallows what the client
+// already has, and goes live (US 7,673,038, figures 16 to 23).
+//
+// The protocol is in two pure parts: Ledger, which knows from the log where
+// every connection stands, and Engine, which rolls restored connections
+// forward. Neither has a goroutine, a clock or a socket.
+package replay
+
+import (
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+)
+
+// Line is what the log says of one connection.
+type Line struct {
+	Conn  stream.ConnID
+	Tuple stream.FourTuple // zero until an open record or a manifest has told
+
+	State   stream.ConnState
+	Known   bool      // State was seen
+	StateAt time.Time // when State was read, by this host's clock
+
+	Ended  bool
+	Reason stream.EndReason
+}
+
+// Ledger follows a service's log. Feed it every entry in order. The zero value
+// is not usable; see NewLedger.
+type Ledger struct {
+	Config   []byte // newest Hello's
+	Fence    stream.Fence
+	Last     stream.Position
+	LastSeq  stream.StreamSeq
+	Gen      stream.Generation // newest; ID 0: none
+	GenAt    time.Time
+	Exited   bool // the server of this epoch is gone though its host lives
+	Released bool // the primary of this epoch ended protection on purpose
+
+	lines map[stream.ConnID]*Line
+}
+
+// NewLedger makes an empty ledger.
+func NewLedger() *Ledger { return &Ledger{lines: map[stream.ConnID]*Line{}} }
+
+// Apply takes the log's next entry, read at now.
+func (l *Ledger) Apply(now time.Time, e stream.Entry) {
+	l.LastSeq = e.Seq
+	if e.Fence != nil {
+		l.Fence = *e.Fence
+		l.Exited, l.Released = false, false
+		return
+	}
+	l.Last = e.Pos
+	switch r := e.Rec.(type) {
+	case stream.Hello:
+		l.Config = r.Config
+	case stream.ConnOpen:
+		ln := l.line(r.Conn)
+		ln.Tuple = r.Tuple
+	case stream.ConnAccept:
+		ln := l.line(r.Conn)
+		if !ln.Known {
+			ln.State = stream.ConnState{Conn: r.Conn, ClientAck: r.ISN, ClientEdge: r.ISN, ServerNxt: r.ISN.Add(1)}
+		}
+	case stream.ConnState:
+		ln := l.line(r.Conn)
+		ln.State, ln.Known, ln.StateAt = r, true, now
+	case stream.ConnEnd:
+		ln := l.line(r.Conn)
+		ln.Ended, ln.Reason = true, r.Reason
+	case stream.ClientReset:
+		ln := l.line(r.Conn)
+		ln.Ended, ln.Reason = true, stream.EndReset
+	case stream.Generation:
+		l.Gen, l.GenAt = r, now
+	case stream.ServerExit:
+		l.Exited = true
+	case stream.Goodbye:
+		l.Released = true
+	}
+}
+
+// Introduce tells the ledger the connections of a generation's manifest, which
+// may have no open record of their own, and lets it forget those that ended
+// before: no recovery from this generation or a later one meets them again.
+func (l *Ledger) Introduce(gen stream.Generation, tuples map[stream.ConnID]stream.FourTuple) {
+	for id, t := range tuples {
+		l.line(id).Tuple = t
+	}
+	for id, ln := range l.lines {
+		if _, ok := tuples[id]; !ok && ln.Ended {
+			delete(l.lines, id)
+		}
+	}
+}
+
+// Line is what is known of a connection, nil when nothing is.
+func (l *Ledger) Line(id stream.ConnID) *Line { return l.lines[id] }
+
+// Lines calls f for every connection that is remembered, in no order.
+func (l *Ledger) Lines(f func(*Line)) {
+	for _, ln := range l.lines {
+		f(ln)
+	}
+}
+
+// Live is the number of connections that have not ended.
+func (l *Ledger) Live() int {
+	n := 0
+	for _, ln := range l.lines {
+		if !ln.Ended {
+			n++
+		}
+	}
+	return n
+}
+
+func (l *Ledger) line(id stream.ConnID) *Line {
+	ln := l.lines[id]
+	if ln == nil {
+		ln = &Line{Conn: id}
+		l.lines[id] = ln
+	}
+	return ln
+}
+
+// Orphan is a connection that a recovery cannot bring back: its client is told
+// with a reset, never with silence (promise 4).
+type Orphan struct {
+	Conn  stream.ConnID
+	Tuple stream.FourTuple
+	// At are the sequence numbers at which the client may be expecting us; a
+	// reset counts only where it matches exactly (RFC 5961, 3.2).
+	At []seqnum.Value
+}
+
+// Orphans are the connections that live in the log and are not among the
+// survivors.
+func (l *Ledger) Orphans(survives func(stream.ConnID) bool) []Orphan {
+	var out []Orphan
+	for id, ln := range l.lines {
+		quarantined := ln.Ended && ln.Reason == stream.EndQuarantine
+		if ln.Ended && !quarantined || survives(id) && !quarantined || ln.Tuple == (stream.FourTuple{}) {
+			continue
+		}
+		o := Orphan{Conn: id, Tuple: ln.Tuple, At: []seqnum.Value{ln.State.ClientAck}}
+		if ln.State.ServerNxt != ln.State.ClientAck {
+			o.At = append(o.At, ln.State.ServerNxt)
+		}
+		out = append(out, o)
+	}
+	return out
+}

@@ -1,0 +1,160 @@
+package tcpwrap
+
+import (
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+)
+
+// Cut is where a connection stands: in a checkpoint's image, or after a
+// replay. It is what a machine needs in order to take a connection on.
+type Cut struct {
+	Conn   stream.ConnID // 0: the machine gives it one
+	Tuple  stream.FourTuple
+	RcvNxt seqnum.Value // next client octet the server's TCP expects
+	SndUna seqnum.Value
+	SndNxt seqnum.Value
+	SndWnd seqnum.Size // what the client offers beyond SndUna, octets
+	// Shift counts of the windows (RFC 7323): Snd scales what the client
+	// advertises, Rcv what the server does. HasTS: timestamps are on.
+	SndWScale, RcvWScale uint8
+	HasTS                bool
+	ClientTS, ServerTS   uint32
+	ClientFin            bool // the client's FIN is below RcvNxt
+	ServerFin            bool // the server's FIN is below SndNxt
+}
+
+// unacked is a run of logged octets that the server's TCP has not yet
+// acknowledged: a checkpoint may find them missing from its image (TCP may drop
+// what it cannot queue), so a recovery may still need their record.
+type unacked struct {
+	end seqnum.Value
+	pos stream.Position
+}
+
+// conn is one protected connection.
+type conn struct {
+	id    stream.ConnID
+	tuple stream.FourTuple
+
+	in      assembly // instream: nxt is the log's edge
+	unacked []unacked
+
+	sndWScale, rcvWScale uint8
+	hasTS                bool
+
+	clientAck  seqnum.Value
+	clientEdge seqnum.Value
+	clientTS   uint32
+	serverNxt  seqnum.Value // released, plus one
+	serverTS   uint32
+	rcvEdge    seqnum.Value // right edge of what the server's TCP has offered
+
+	serverFin   bool
+	serverFinAt seqnum.Value
+	finAcked    bool // server's TCP acknowledged the client's FIN
+	dirty       bool // a ConnState is due
+}
+
+// handshake is a SYN that has not been answered yet.
+type handshake struct {
+	isn     seqnum.Value
+	window  uint16
+	options [40]byte
+	nopt    int
+	wscale  int8
+	hasTS   bool
+	tsval   uint32
+}
+
+func newConn(id stream.ConnID, c Cut) *conn {
+	n := &conn{
+		id: id, tuple: c.Tuple,
+		sndWScale: c.SndWScale, rcvWScale: c.RcvWScale, hasTS: c.HasTS,
+		clientAck: c.SndUna, clientEdge: c.SndUna.Add(c.SndWnd), clientTS: c.ClientTS,
+		serverNxt: c.SndNxt, serverTS: c.ServerTS, rcvEdge: c.RcvNxt,
+	}
+	n.in.nxt = c.RcvNxt
+	n.in.fin = c.ClientFin
+	n.finAcked = c.ClientFin
+	if c.ServerFin {
+		n.serverFin, n.serverFinAt = true, c.SndNxt.Sub(1)
+	}
+	return n
+}
+
+// noteAck takes what an inbound segment says about the outstream.
+func (c *conn) noteAck(s *Segment) {
+	if !s.Flags.Has(ACK) || s.Flags.Has(RST) {
+		return
+	}
+	edge := s.Ack.Add(seqnum.Size(s.Window) << c.sndWScale)
+	if c.clientAck.Less(s.Ack) {
+		c.clientAck, c.dirty = s.Ack, true
+	}
+	if c.clientEdge.Less(edge) {
+		c.clientEdge, c.dirty = edge, true
+	}
+	if c.hasTS && s.Options.HasTS && laterTS(c.clientTS, s.Options.TSVal) {
+		c.clientTS, c.dirty = s.Options.TSVal, true
+	}
+}
+
+// noteCaught takes what an outbound segment says when TCP hands it over, which
+// is before it may leave.
+func (c *conn) noteCaught(s *Segment) {
+	if s.Flags.Has(ACK) {
+		n := 0
+		for n < len(c.unacked) && c.unacked[n].end.LessEq(s.Ack) {
+			n++
+		}
+		c.unacked = c.unacked[n:]
+		if e := s.Ack.Add(seqnum.Size(s.Window) << c.rcvWScale); c.rcvEdge.Less(e) {
+			c.rcvEdge = e
+		}
+		if c.in.fin && s.Ack == c.in.nxt {
+			c.finAcked = true
+		}
+	}
+	if s.Flags.Has(FIN) && !c.serverFin {
+		c.serverFin, c.serverFinAt = true, s.End().Sub(1)
+	}
+}
+
+// noteReleased takes what an outbound segment says once it may leave.
+func (c *conn) noteReleased(end seqnum.Value, hasTS bool, tsval uint32) {
+	if c.serverNxt.Less(end) {
+		c.serverNxt, c.dirty = end, true
+	}
+	if hasTS && laterTS(c.serverTS, tsval) {
+		c.serverTS, c.dirty = tsval, true
+	}
+}
+
+// laterTS reports whether timestamp v comes after the known one (RFC 7323, 4.3:
+// compared as sequence numbers are). 0 stands for none known.
+func laterTS(known, v uint32) bool {
+	return known == 0 || seqnum.Value(known).Less(seqnum.Value(v))
+}
+
+// closed reports whether both directions have ended and been acknowledged.
+func (c *conn) closed() bool {
+	return c.in.fin && c.finAcked && c.serverFin && c.serverFinAt.Less(c.clientAck)
+}
+
+func (c *conn) state() stream.ConnState {
+	return stream.ConnState{
+		Conn: c.id, ClientAck: c.clientAck, ClientEdge: c.clientEdge,
+		ServerNxt: c.serverNxt, ClientTS: c.clientTS, ServerTS: c.serverTS,
+	}
+}
+
+// needs is the first record a recovery needs for this connection when its
+// image ends at rcvNxt, or 0 when that is none.
+func (c *conn) needs(rcvNxt seqnum.Value) stream.Position {
+	for _, u := range c.unacked {
+		if rcvNxt.Less(u.end) {
+			return u.pos
+		}
+	}
+	return 0
+}

@@ -1,0 +1,98 @@
+package tcpwrap
+
+import (
+	"bytes"
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+)
+
+type (
+	seqValue = seqnum.Value
+	seqSize  = seqnum.Size
+)
+
+// Freeze makes every packet wait, in both directions, from now until Thaw: a
+// dump is going to cut through the connections, and what TCP took or sent in
+// its midst would be in nobody's image (south.md, "SKIP without a hold loses
+// data"). It answers the position the image will stand at. What was held
+// before is still released as it becomes stable: it left TCP before the cut.
+func (m *Machine) Freeze() stream.Position {
+	m.frozen = m.mode == Protecting
+	return m.next - 1
+}
+
+// Frozen reports whether packets wait for a dump.
+func (m *Machine) Frozen() bool { return m.frozen }
+
+func (m *Machine) freezePacket(id PacketID, s *Segment, dying bool) {
+	n := len(s.Payload) + len(s.RawOptions) + fragmentCost
+	if m.kept+n > m.limits.Frozen {
+		m.stats.Refused++
+		m.Ready.Decide(id, Drop) // TCP sends it again
+		return
+	}
+	w := frozenPacket{id: id, seg: *s, dying: dying}
+	w.seg.Payload = bytes.Clone(s.Payload)
+	w.seg.RawOptions = bytes.Clone(s.RawOptions)
+	m.kept += n
+	m.waited = append(m.waited, w)
+}
+
+// Thaw ends a Freeze: the packets that waited are handled in the order they
+// came.
+func (m *Machine) Thaw(now time.Time) {
+	if !m.frozen {
+		return
+	}
+	m.frozen = false
+	waited := m.waited
+	m.waited, m.kept = nil, 0
+	for i := range waited {
+		w := &waited[i]
+		m.Packet(now, w.id, &w.seg, w.dying)
+	}
+}
+
+// Adopt takes on connections at the places given: those of a checkpoint's
+// image (while frozen), or those a replay has brought up to date. A connection
+// the machine knows keeps its identity and its log; an unknown one gets a new
+// identity when the cut has none. The answer has each cut with its identity,
+// without those that cannot be protected, and the first position a recovery
+// from these cuts needs (the next record when it needs nothing older).
+func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
+	from = m.next
+	for _, k := range cuts {
+		c := m.conns[k.Tuple]
+		if c != nil && c.in.nxt.Less(k.RcvNxt) {
+			// The image is ahead of the log: a bug, or a packet that went round
+			// us. The image has the octets, so the connection begins anew.
+			m.stats.Violations++
+			m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndQuarantine})
+			m.forget(c)
+			c = nil
+		}
+		if c == nil {
+			if k.Conn == 0 {
+				k.Conn = m.newID()
+			}
+			m.nextConn = max(m.nextConn, k.Conn+1)
+			c = newConn(k.Conn, k)
+			m.conns[k.Tuple] = c
+			delete(m.blocked, k.Tuple)
+		}
+		if p := c.needs(k.RcvNxt); p != 0 {
+			from = min(from, p)
+		}
+		k.Conn = c.id
+		k.SndUna = seqnum.Max(k.SndUna, c.clientAck)
+		k.ClientTS, k.ServerTS = c.clientTS, c.serverTS
+		adopted = append(adopted, k)
+	}
+	return adopted, from
+}
+
+// WantGeneration reports that connections wait for a generation before they
+// can be protected.
+func (m *Machine) WantGeneration() bool { return len(m.blocked) > 0 }

@@ -1,0 +1,399 @@
+package tcpwrap
+
+import (
+	"slices"
+	"time"
+
+	"github.com/ftckpt/ftckpt/stream"
+)
+
+// Limits bound what a Machine may remember on behalf of strangers.
+type Limits struct {
+	AheadPerConn int // octets kept out of order for one connection
+	Ahead        int // the same over all connections
+	Frozen       int // octets of packets kept while a dump runs
+	Handshakes   int // SYNs that wait for their SYN-ACK
+}
+
+// DefaultLimits fit a receive buffer of 6 MiB, Linux's default maximum.
+func DefaultLimits() Limits {
+	return Limits{AheadPerConn: 8 << 20, Ahead: 256 << 20, Frozen: 256 << 20, Handshakes: 16384}
+}
+
+// Mode is what a Machine does with packets.
+type Mode uint8
+
+// Modes of a Machine.
+const (
+	Protecting Mode = iota // log and hold
+	Stopped                // nothing passes any more: the server is gone or we are fenced
+	Detached               // everything passes untouched: protection ended on purpose
+)
+
+// Machine is the failure-free half of the south side: it logs what clients
+// send and holds what the server sends until all that it depends on is stable
+// (US 7,673,038, figures 12 to 15; output commit).
+//
+// It is a deterministic state machine without goroutine, clock or socket, and
+// not safe for concurrent use. Events are its methods; what they want done is
+// in Ready, to be carried out before the next event.
+//
+// The invariants, whatever the events:
+//   - an outbound packet is accepted only when every Bytes, ClientFin,
+//     ConnOpen and ClientReset record made before it was caught is stable;
+//   - an outbound acknowledgement never covers an octet that has no record;
+//   - an inbound packet with new data is accepted only with its record.
+type Machine struct {
+	Ready Ready
+
+	limits Limits
+	mode   Mode
+	frozen bool
+
+	next   stream.Position // the next record's
+	dep    stream.Position // last record that output depends on
+	stable stream.Position
+
+	nextConn  stream.ConnID
+	conns     map[stream.FourTuple]*conn
+	syns      map[stream.FourTuple]*handshake
+	blocked   map[stream.FourTuple]struct{} // quarantined until a generation has them
+	dirty     []*conn
+	ahead     int
+	congested bool
+
+	held   []heldPacket
+	waited []frozenPacket
+	kept   int // octets in waited
+
+	stats Stats
+	holds holdTimes
+}
+
+// heldPacket is an outbound packet whose dependencies are not stable yet.
+type heldPacket struct {
+	id    PacketID
+	until stream.Position
+	since time.Time
+	conn  *conn
+	seg   released
+}
+
+// released is what is remembered of a segment for the moment it leaves.
+type released struct {
+	end   uint32
+	hasTS bool
+	tsval uint32
+}
+
+// frozenPacket is a packet caught while a dump runs.
+type frozenPacket struct {
+	id    PacketID
+	seg   Segment
+	dying bool
+}
+
+// NewMachine makes a machine whose first record will be at next. Records
+// before it are stable.
+func NewMachine(next stream.Position, firstConn stream.ConnID, limits Limits) *Machine {
+	return &Machine{
+		limits: limits, next: next, dep: next - 1, stable: next - 1,
+		nextConn: max(firstConn, 1),
+		conns:    map[stream.FourTuple]*conn{},
+		syns:     map[stream.FourTuple]*handshake{},
+		blocked:  map[stream.FourTuple]struct{}{},
+	}
+}
+
+// Packet is a caught packet. dying says that the server process is being torn
+// down by its kernel; it need be known only for outbound FIN and RST.
+func (m *Machine) Packet(now time.Time, id PacketID, s *Segment, dying bool) {
+	switch {
+	case m.mode == Detached:
+		m.Ready.Decide(id, Accept)
+	case m.mode == Stopped:
+		m.Ready.Decide(id, Drop)
+	case m.frozen:
+		m.freezePacket(id, s, dying)
+	case s.Dir == Inbound:
+		m.inbound(id, s)
+	default:
+		m.outbound(now, id, s, dying)
+	}
+}
+
+// Append puts a record of the caller's own into the log's order.
+func (m *Machine) Append(r stream.Record) stream.Position {
+	p := m.next
+	m.next++
+	m.Ready.Records = append(m.Ready.Records, Numbered{p, r})
+	return p
+}
+
+// depend appends a record that later output depends on.
+func (m *Machine) depend(r stream.Record) stream.Position {
+	m.dep = m.Append(r)
+	return m.dep
+}
+
+// Stable is the log's notice that everything up to p is stable.
+func (m *Machine) Stable(now time.Time, p stream.Position) {
+	if p <= m.stable {
+		return
+	}
+	m.stable = p
+	if m.mode != Protecting {
+		return
+	}
+	n := 0
+	for n < len(m.held) && m.held[n].until <= p {
+		h := &m.held[n]
+		m.release(h)
+		m.holds.add(now.Sub(h.since))
+		n++
+	}
+	m.held = slices.Delete(m.held, 0, n)
+}
+
+func (m *Machine) release(h *heldPacket) {
+	if h.conn != nil {
+		m.noteReleased(h.conn, h.seg)
+	}
+	m.Ready.Decide(h.id, Accept)
+}
+
+// Tick makes the records that can wait: where each connection stands.
+// Call it every few milliseconds.
+func (m *Machine) Tick() {
+	if m.mode != Protecting || m.frozen {
+		return
+	}
+	for _, c := range m.dirty {
+		c.dirty = false
+		if m.conns[c.tuple] == c {
+			m.Append(c.state())
+		}
+	}
+	clear(m.dirty)
+	m.dirty = m.dirty[:0]
+}
+
+// Congested tells the machine whether the log lags so far behind that clients
+// must slow down. New client data is then dropped before TCP sees it: it is
+// neither logged nor acknowledged, and TCP's own congestion control does the
+// rest.
+func (m *Machine) Congested(yes bool) { m.congested = yes }
+
+// Stop makes nothing pass any more, in either direction: the server is gone,
+// or this node is fenced. What was held is dropped.
+func (m *Machine) Stop() { m.end(Stopped, Drop) }
+
+// Detach lets everything pass from now on and releases what is held: protection
+// ends, the server and its connections go on.
+func (m *Machine) Detach() { m.end(Detached, Accept) }
+
+func (m *Machine) end(mode Mode, v Verdict) {
+	if m.mode == Stopped {
+		return // nothing revives a stopped machine
+	}
+	m.mode = mode
+	for i := range m.held {
+		m.Ready.Decide(m.held[i].id, v)
+	}
+	for i := range m.waited {
+		m.Ready.Decide(m.waited[i].id, v)
+	}
+	m.held, m.waited, m.kept, m.frozen = nil, nil, 0, false
+}
+
+// Mode is what the machine does with packets now.
+func (m *Machine) Mode() Mode { return m.mode }
+
+// Next is the position the next record gets.
+func (m *Machine) Next() stream.Position { return m.next }
+
+// NextConn is the identity the next connection gets.
+func (m *Machine) NextConn() stream.ConnID { return m.nextConn }
+
+func (m *Machine) inbound(id PacketID, s *Segment) {
+	c := m.conns[s.Tuple]
+	if s.Flags.Has(SYN) {
+		m.noteSYN(c, s)
+		m.Ready.Decide(id, Accept)
+		return
+	}
+	if c == nil {
+		m.Ready.Decide(id, Accept)
+		return
+	}
+	m.noteAck(c, s)
+	switch {
+	case s.Flags.Has(RST):
+		if s.Seq == c.in.nxt { // RFC 5961: only an exact match resets
+			m.depend(stream.ClientReset{Conn: c.id, Seq: s.Seq})
+			m.forget(c)
+		}
+	case len(s.Payload) > 0 || s.Flags.Has(FIN):
+		if m.congested || !m.take(c, s) {
+			m.stats.Refused++
+			m.Ready.Decide(id, Drop)
+			return
+		}
+	}
+	if c.closed() {
+		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
+		m.forget(c)
+	}
+	m.Ready.Decide(id, Accept)
+}
+
+// take logs what is new and in order. It answers false when the segment is
+// ahead of its turn and there is no room to keep it.
+func (m *Machine) take(c *conn, s *Segment) bool {
+	before := c.in.kept()
+	budget := min(m.limits.AheadPerConn-before, m.limits.Ahead-m.ahead)
+	ok := c.in.offer(s.Seq, s.Payload, s.Flags.Has(FIN), budget,
+		func(seq seqValue, data []byte) {
+			for len(data) > 0 { // a super-segment and what it made complete may exceed a record
+				n := min(len(data), stream.MaxPayload)
+				p := m.depend(stream.Bytes{Conn: c.id, Seq: seq, Payload: data[:n]})
+				seq = seq.Add(seqSize(n))
+				data = data[n:]
+				c.unacked = append(c.unacked, unacked{seq, p})
+				m.stats.LoggedBytes += uint64(n)
+			}
+		},
+		func(seq seqValue) {
+			p := m.depend(stream.ClientFin{Conn: c.id, Seq: seq})
+			c.unacked = append(c.unacked, unacked{seq.Add(1), p})
+		})
+	m.ahead += c.in.kept() - before
+	return ok
+}
+
+func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
+	if dying && s.Flags&(FIN|RST) != 0 {
+		m.stats.DyingDropped++ // the kernel closes for a process that died: clients must not hear of it
+		m.Ready.Decide(id, Drop)
+		return
+	}
+	if _, yes := m.blocked[s.Tuple]; yes {
+		m.Ready.Decide(id, Drop)
+		return
+	}
+	c := m.conns[s.Tuple]
+	if s.Flags.Has(SYN | ACK) {
+		c = m.established(c, s)
+	}
+	if c == nil {
+		m.Ready.Decide(id, Accept) // not protected
+		return
+	}
+	if s.Flags.Has(ACK) && c.in.nxt.Less(s.Ack) {
+		m.quarantine(c, id)
+		return
+	}
+	c.noteCaught(s)
+	r := released{uint32(s.End()), s.Options.HasTS, s.Options.TSVal}
+	switch {
+	case s.Flags.Has(RST):
+		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})
+		m.forget(c)
+	case c.closed():
+		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
+		m.forget(c)
+	}
+	if m.dep <= m.stable && len(m.held) == 0 {
+		m.noteReleased(c, r)
+		m.stats.Passed++
+		m.Ready.Decide(id, Accept)
+		return
+	}
+	m.stats.Held++
+	m.held = append(m.held, heldPacket{id, m.dep, now, c, r})
+}
+
+// noteSYN keeps a SYN until the server answers it. A SYN for a connection that
+// lives is not the beginning of another one unless the server says so.
+func (m *Machine) noteSYN(c *conn, s *Segment) {
+	if c != nil && !c.closed() && !c.in.fin && !c.serverFin {
+		return
+	}
+	if len(m.syns) >= m.limits.Handshakes {
+		for t := range m.syns { // any: a SYN flood must not push us over
+			delete(m.syns, t)
+			break
+		}
+	}
+	h := &handshake{isn: s.Seq, window: s.Window, wscale: s.Options.WScale, hasTS: s.Options.HasTS, tsval: s.Options.TSVal}
+	h.nopt = copy(h.options[:], s.RawOptions)
+	m.syns[s.Tuple] = h
+}
+
+// established takes a SYN-ACK as the beginning of a connection. The records
+// come before the SYN-ACK's release, so no client ever knows a connection that
+// the log does not.
+func (m *Machine) established(c *conn, s *Segment) *conn {
+	h := m.syns[s.Tuple]
+	if h == nil || s.Ack != h.isn.Add(1) {
+		return c
+	}
+	delete(m.syns, s.Tuple)
+	if c != nil {
+		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
+		m.forget(c)
+	}
+	cut := Cut{
+		Conn: m.newID(), Tuple: s.Tuple, RcvNxt: h.isn.Add(1), SndUna: s.Seq, SndNxt: s.Seq,
+		HasTS: h.hasTS && s.Options.HasTS, ClientTS: h.tsval, ServerTS: s.Options.TSVal,
+	}
+	if h.wscale >= 0 && s.Options.WScale >= 0 {
+		cut.SndWScale, cut.RcvWScale = uint8(h.wscale), uint8(s.Options.WScale)
+	}
+	c = newConn(cut.Conn, cut)
+	m.conns[s.Tuple] = c
+	m.depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})
+	m.depend(stream.ConnAccept{Conn: c.id, ISN: s.Seq, Options: s.RawOptions})
+	return c
+}
+
+// quarantine takes a connection out of protection whose TCP acknowledged
+// octets that the log does not have. Nothing of it leaves until a generation
+// holds those octets (promise 1 before availability).
+func (m *Machine) quarantine(c *conn, id PacketID) {
+	m.stats.Violations++
+	m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndQuarantine})
+	m.forget(c)
+	m.blocked[c.tuple] = struct{}{}
+	m.Ready.Decide(id, Drop)
+}
+
+func (m *Machine) newID() stream.ConnID {
+	id := m.nextConn
+	m.nextConn++
+	return id
+}
+
+func (m *Machine) forget(c *conn) {
+	m.ahead -= c.in.kept()
+	c.in.ahead, c.in.pending = nil, 0
+	delete(m.conns, c.tuple)
+}
+
+func (m *Machine) noteAck(c *conn, s *Segment) {
+	was := c.dirty
+	c.noteAck(s)
+	m.mark(c, was)
+}
+
+func (m *Machine) noteReleased(c *conn, r released) {
+	was := c.dirty
+	c.noteReleased(seqValue(r.end), r.hasTS, r.tsval)
+	m.mark(c, was)
+}
+
+func (m *Machine) mark(c *conn, was bool) {
+	if c.dirty && !was {
+		m.dirty = append(m.dirty, c)
+	}
+}

@@ -1,0 +1,76 @@
+package tcpwrap
+
+import (
+	"net/netip"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+)
+
+// Numbered is a record with the position the machine gave it.
+type Numbered struct {
+	Pos    stream.Position
+	Record stream.Record
+}
+
+// Decision is a verdict on a caught packet.
+type Decision struct {
+	ID      PacketID
+	Verdict Verdict
+}
+
+// Outgoing is a segment that a machine makes by itself.
+type Outgoing struct {
+	Up       bool // to the local TCP as if from the client; else out to the client
+	Tuple    stream.FourTuple
+	Seq, Ack seqnum.Value
+	Flags    Flags
+	Window   uint16
+	HasTS    bool
+	TSVal    uint32
+	TSEcr    uint32
+	Payload  []byte
+}
+
+// Source and destination of the segment.
+func (o *Outgoing) addrs() (src, dst netip.AddrPort) {
+	if o.Up {
+		return o.Tuple.Client, o.Tuple.Server
+	}
+	return o.Tuple.Server, o.Tuple.Client
+}
+
+// Ready is what a machine wants done. It is plain data (after etcd-io/raft's
+// Ready), valid until the machine's next event. The order of the caller's
+// duties is part of the contract:
+//
+//  1. append Records to the log, in order; their payloads alias the packets
+//     of the event, so they must be encoded before anything else happens;
+//  2. send Segments, in order;
+//  3. give the Verdicts, in order.
+//
+// A verdict that lets an inbound packet up comes with its record in the same
+// Ready or an earlier one; a verdict that lets an outbound packet go is given
+// only after Machine.Stable has covered all that the packet depends on.
+type Ready struct {
+	Records  []Numbered
+	Segments []Outgoing
+	Verdicts []Decision
+}
+
+// Reset empties r and keeps its memory.
+func (r *Ready) Reset() {
+	clear(r.Records)
+	clear(r.Segments)
+	r.Records = r.Records[:0]
+	r.Segments = r.Segments[:0]
+	r.Verdicts = r.Verdicts[:0]
+}
+
+// Decide adds a verdict.
+func (r *Ready) Decide(id PacketID, v Verdict) {
+	r.Verdicts = append(r.Verdicts, Decision{id, v})
+}
+
+// Send adds a segment.
+func (r *Ready) Send(o Outgoing) { r.Segments = append(r.Segments, o) }
