@@ -56,6 +56,7 @@ const (
 	schemeTLS        = "tls"
 	schemeEmbed      = "embed"
 	linuxIfNameLimit = 15 // IFNAMSIZ less its NUL
+	maxLogURL        = 4096
 )
 
 // Common are the settings of every command.
@@ -87,7 +88,8 @@ type Standby struct {
 	Common
 	Name   string        // of the service
 	Dev    string        // interface to put the VIP on
-	Log    string        // nats://, tls:// or embed:// URL
+	Join   string        // what a logserver or another standby printed; "" when Log says where the log is
+	Log    string        // nats://, tls:// or embed:// URL; "" when Join is set
 	Mode   string        // ModeCold or ModeWarm
 	Detect time.Duration // silence after which the primary is suspected
 }

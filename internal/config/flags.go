@@ -46,6 +46,7 @@ func (p *Protect) Flags(fs *pflag.FlagSet) {
 func (s *Standby) Flags(fs *pflag.FlagSet) {
 	nameFlag(fs, &s.Name)
 	fs.StringVar(&s.Dev, "dev", "", "`IFACE` to put the service's address on")
+	fs.StringVar(&s.Join, "join", "", "log of a logserver or another standby: the `STRING` it printed (a secret: better in FTCKPT_JOIN)")
 	fs.StringVar(&s.Log, "log", DefaultEmbed, "log at this `URL` (nats://, tls://), or in this process (embed://ADDR:PORT)")
 	s.Mode = ModeWarm
 	fs.Var(&choice{dst: &s.Mode, now: []string{ModeCold, ModeWarm}, later: []string{"hot"}}, "mode", "`cold|warm`: newest image left in the log, or kept here and ready")

@@ -27,12 +27,12 @@ func problem(key, format string, args ...any) error {
 
 // nameSyntax leaves out what a file name, a NATS subject or a shell would take
 // for more than a letter.
-var nameSyntax = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]*$`)
+var nameSyntax = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]*$`)
 
 // CheckName says why name cannot be a service's, or nil.
 func CheckName(name string) error {
 	if len(name) > MaxName || !nameSyntax.MatchString(name) {
-		return problem("name", "%q is not a service name: want 1 to %d letters, digits, '-' and '_', a letter or a digit first",
+		return problem("name", "%q is not a service name: want 1 to %d of a-z, 0-9, '-' and '_', a letter or a digit first",
 			name, MaxName)
 	}
 	return nil
@@ -72,16 +72,13 @@ func (p *Protect) Validate() error {
 		return problem("interval", "%v is out of bounds: want %v to %v, or 0 for only when asked", p.Interval, MinInterval, MaxInterval)
 	}
 	if p.Join != "" {
-		if strings.ContainsAny(p.Join, " \t\r\n") {
-			return problem("join", "the join string has white space in it: pass the one line that standby or logserver printed, without \"join: \"")
-		}
-		return nil
+		return checkJoin(p.Join)
 	}
-	u, err := checkLogURL(p.Log)
+	u, err := ParseLogURL(p.Log)
 	if err != nil {
 		return err
 	}
-	if u.Scheme == schemeEmbed {
+	if u.Embed != "" {
 		return problem("log", "a log in the primary's own process would die with it: take the join string of a standby or a logserver, or the URL of a NATS server elsewhere")
 	}
 	return nil
@@ -101,14 +98,11 @@ func (s *Standby) Validate() error {
 	if s.Detect < MinDetect || s.Detect > MaxDetect {
 		return problem("detect", "%v is out of bounds: want %v to %v", s.Detect, MinDetect, MaxDetect)
 	}
-	_, err := checkLogURL(s.Log)
+	if s.Join != "" {
+		return checkJoin(s.Join)
+	}
+	_, err := ParseLogURL(s.Log)
 	return err
-}
-
-// Embedded says whether the log runs in the standby's own process, and where
-// it listens (host:port, the host empty for all addresses).
-func (s *Standby) Embedded() (listen string, ok bool) {
-	return strings.CutPrefix(s.Log, schemeEmbed+"://")
 }
 
 // Validate says which setting cannot work, or nil.
@@ -196,32 +190,72 @@ func checkPorts(ports []uint16) error {
 	return nil
 }
 
-// checkLogURL never repeats the URL whole: it may hold a password.
-func checkLogURL(s string) (*url.URL, error) {
+// checkJoin only looks for what a person does wrong when copying; what the
+// string says is for package stream.
+func checkJoin(s string) error {
+	if strings.ContainsAny(s, " \t\r\n") {
+		return problem("join", "it has white space in it: pass what follows \"join: \" on the line that standby or logserver printed")
+	}
+	return nil
+}
+
+// LogURL is a checked --log setting, its credentials apart.
+type LogURL struct {
+	// Embed is where to listen (host:port) for embed://, "" for the others.
+	Embed string
+	// Servers is the URL without credentials, several with commas between.
+	Servers string
+	// User and Password, or Token alone, as in nats://USER:PASSWORD@HOST and
+	// nats://TOKEN@HOST.
+	User, Password, Token string
+}
+
+// ParseLogURL reads nats:// and tls:// URLs, several of a cluster with commas
+// between, or one embed://ADDR:PORT. Its errors never repeat the URL, which
+// may hold a password.
+func ParseLogURL(s string) (LogURL, error) {
 	const want = "want nats://HOST:PORT, tls://HOST:PORT or embed://ADDR:PORT"
-	if len(s) > 4096 || strings.ContainsAny(s, " \t\r\n") {
-		return nil, problem("log", "not a URL: %s", want)
+	if len(s) > maxLogURL || strings.ContainsAny(s, " \t\r\n") {
+		return LogURL{}, problem("log", "not a URL: %s", want)
 	}
-	u, err := url.Parse(s)
-	if err != nil {
-		return nil, problem("log", "not a URL: %s", want)
+	if rest, ok := strings.CutPrefix(s, schemeEmbed+"://"); ok {
+		if err := checkHostPort(rest); err != nil {
+			return LogURL{}, problem("log", "embed:// takes an address and a port, as embed://:4222: %w", err)
+		}
+		return LogURL{Embed: rest}, nil
 	}
-	switch u.Scheme {
-	case schemeNATS, schemeTLS:
-		if u.Hostname() == "" {
-			return nil, problem("log", "the URL names no host: %s", want)
+	var out LogURL
+	var servers []string
+	for i, part := range strings.Split(s, ",") {
+		u, err := url.Parse(part)
+		if err != nil {
+			return LogURL{}, problem("log", "not a URL: %s", want)
 		}
-	case schemeEmbed:
-		if u.User != nil || (u.Path != "" && u.Path != "/") || u.RawQuery != "" {
-			return nil, problem("log", "embed:// takes only an address and a port, as embed://:4222")
+		switch {
+		case u.Scheme != schemeNATS && u.Scheme != schemeTLS:
+			return LogURL{}, problem("log", "unknown scheme %q: %s", u.Scheme, want)
+		case u.Hostname() == "":
+			return LogURL{}, problem("log", "the URL names no host: %s", want)
+		case (u.Path != "" && u.Path != "/") || u.RawQuery != "" || u.Fragment != "":
+			return LogURL{}, problem("log", "the URL has more than a host and a port: %s", want)
 		}
-		if err := checkHostPort(u.Host); err != nil {
-			return nil, problem("log", "embed://: %w", err)
+		here := LogURL{}
+		if u.User != nil {
+			if password, ok := u.User.Password(); ok {
+				here.User, here.Password = u.User.Username(), password
+			} else {
+				here.Token = u.User.Username()
+			}
 		}
-	default:
-		return nil, problem("log", "unknown scheme %q: %s", u.Scheme, want)
+		if i == 0 {
+			out = here
+		} else if u.User != nil && here != out {
+			return LogURL{}, problem("log", "the servers of one cluster must have the same credentials")
+		}
+		servers = append(servers, u.Scheme+"://"+u.Host)
 	}
-	return u, nil
+	out.Servers = strings.Join(servers, ",")
+	return out, nil
 }
 
 // checkHostPort accepts an address to listen on; port 0 lets the kernel choose.

@@ -10,13 +10,14 @@ import (
 )
 
 // Announce writes line to out and, when a systemd unit of Type=notify started
-// us, says READY=1 with line as its status. It is for the first time only;
-// later changes are for Status.
-func Announce(out io.Writer, line string) error {
+// us, says READY=1 with that status. It is for the first time only; later
+// changes are for Status. The two texts are apart because line may be a
+// secret, which status must not be.
+func Announce(out io.Writer, line, status string) error {
 	if _, err := fmt.Fprintln(out, line); err != nil {
-		return fmt.Errorf("announce %q: %w", line, err)
+		return fmt.Errorf("announce readiness: %w", err)
 	}
-	return notify(daemon.SdNotifyReady + "\nSTATUS=" + line)
+	return notify(daemon.SdNotifyReady + "\nSTATUS=" + status)
 }
 
 // Status shows line in "systemctl status"; without systemd it does nothing.
