@@ -52,6 +52,7 @@ type Engine struct {
 	order  []*line // whose turn it is: one entry for each queued event
 	behind []*line // lagging: no longer hold the others up
 	queued int
+	begun  bool // the restored TCP is there
 	fed    bool
 	live   bool
 
@@ -157,6 +158,7 @@ func NewEngine(survivors []Survivor) *Engine {
 // Start tells every restored TCP what its client has acknowledged and offers.
 func (e *Engine) Start(now time.Time) {
 	e.headSince = now
+	e.begun = true
 	for _, l := range e.conns {
 		l.moved = now
 		e.acknowledge(l)
