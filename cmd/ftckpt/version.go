@@ -4,14 +4,16 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
 )
 
-// version is stamped by the Makefile.
-var version = "unstamped"
+// Stamped by the Makefile.
+var (
+	version = "unstamped"
+	commit  = "unknown"
+)
 
 type versionInfo struct {
 	Version string `json:"version"`
@@ -41,21 +43,7 @@ func (a *app) versionCmd() *cobra.Command {
 }
 
 func readVersion() versionInfo {
-	v := versionInfo{Version: version, Commit: "unknown", Go: runtime.Version(), Arch: runtime.GOARCH, Kernel: "unknown"}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		dirty := ""
-		for _, s := range info.Settings {
-			switch {
-			case s.Key == "vcs.revision":
-				v.Commit = s.Value
-			case s.Key == "vcs.modified" && s.Value == "true":
-				dirty = "+changes"
-			}
-		}
-		if v.Commit != "unknown" {
-			v.Commit += dirty
-		}
-	}
+	v := versionInfo{Version: version, Commit: commit, Go: runtime.Version(), Arch: runtime.GOARCH, Kernel: "unknown"}
 	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
 		v.Kernel = strings.TrimSpace(string(b))
 	}
