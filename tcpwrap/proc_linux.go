@@ -1,0 +1,156 @@
+package tcpwrap
+
+import (
+	"bytes"
+	"fmt"
+	"strconv"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// pfExiting is PF_EXITING of the kernel's task flags (linux/sched.h): set
+// before a dying process's files are closed, hence before TCP sends the FINs
+// and RSTs of its sockets. Neither the pidfd nor the state says so that early.
+const pfExiting = 0x4
+
+// ProcWatch watches one process. It holds on to the process, not to its
+// number: it is never mistaken when the kernel gives the number to another.
+type ProcWatch struct {
+	pid    int
+	pidfd  int
+	stat   int // /proc/PID/stat
+	wake   int // eventfd: Close
+	exited chan struct{}
+	done   chan struct{} // the watching goroutine has ended
+
+	mu     sync.RWMutex
+	closed bool
+}
+
+// WatchProc watches the process pid. The error wraps unix.ESRCH when there is
+// no such process. Close it after use.
+func WatchProc(pid int) (*ProcWatch, error) {
+	w := &ProcWatch{pid: pid, pidfd: -1, stat: -1, wake: -1, exited: make(chan struct{}), done: make(chan struct{})}
+	err := func() (err error) {
+		if w.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
+			return err
+		}
+		if w.stat, err = unix.Open("/proc/"+strconv.Itoa(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			return fmt.Errorf("open its stat: %w", unix.ESRCH)
+		}
+		// Still there, so the number was not given away between the two.
+		if err = unix.PidfdSendSignal(w.pidfd, 0, nil, 0); err != nil {
+			return err
+		}
+		w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+		return err
+	}()
+	if err != nil {
+		w.closeFDs()
+		return nil, fmt.Errorf("watch process %d: %w", pid, err)
+	}
+	go w.wait()
+	return w, nil
+}
+
+// Exited is closed when the process has exited: later than Dying sees it.
+func (w *ProcWatch) Exited() <-chan struct{} { return w.exited }
+
+// Dying reports whether the process is exiting, a zombie or gone. One read of
+// procfs, no allocation. After Close it answers true.
+func (w *ProcWatch) Dying() bool {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if w.closed {
+		return true
+	}
+	var buf [1024]byte
+	for {
+		n, err := unix.Pread(w.stat, buf[:], 0)
+		if err == unix.EINTR {
+			continue
+		}
+		return err != nil || dyingStat(buf[:n])
+	}
+}
+
+// Close stops watching. It does not touch the process.
+func (w *ProcWatch) Close() error {
+	w.mu.Lock()
+	if w.closed {
+		w.mu.Unlock()
+		return nil
+	}
+	w.closed = true
+	w.mu.Unlock()
+	one := [8]byte{0: 1, 7: 1} // not zero in either byte order
+	if _, err := unix.Write(w.wake, one[:]); err != nil {
+		return fmt.Errorf("stop watching process %d: %w", w.pid, err)
+	}
+	<-w.done
+	w.closeFDs()
+	return nil
+}
+
+func (w *ProcWatch) wait() {
+	defer close(w.done)
+	fds := []unix.PollFd{{Fd: int32(w.pidfd), Events: unix.POLLIN}, {Fd: int32(w.wake), Events: unix.POLLIN}}
+	for {
+		if _, err := unix.Poll(fds, -1); err == unix.EINTR {
+			continue
+		}
+		if fds[0].Revents != 0 {
+			close(w.exited)
+		}
+		return
+	}
+}
+
+func (w *ProcWatch) closeFDs() {
+	for _, fd := range []int{w.pidfd, w.stat, w.wake} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+}
+
+// Dying reports whether process pid is exiting, a zombie or gone. Who asks
+// often watches it instead (WatchProc).
+func Dying(pid int) bool {
+	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	w := ProcWatch{stat: fd}
+	return w.Dying()
+}
+
+// dyingStat reads a line of /proc/PID/stat (proc_pid_stat(5)): state is field
+// 3, flags field 9, counted after the command's closing parenthesis, for the
+// command may hold anything. What cannot be read counts as dying: the one who
+// asks then drops a FIN instead of showing it to a client.
+func dyingStat(b []byte) bool {
+	i := bytes.LastIndexByte(b, ')')
+	if i < 0 || i+2 >= len(b) {
+		return true
+	}
+	b = b[i+2:]
+	if b[0] == 'Z' || b[0] == 'X' {
+		return true
+	}
+	for range 6 {
+		sp := bytes.IndexByte(b, ' ')
+		if sp < 0 {
+			return true
+		}
+		b = b[sp+1:]
+	}
+	var flags uint64
+	digits := 0
+	for ; digits < len(b) && b[digits] >= '0' && b[digits] <= '9'; digits++ {
+		flags = flags*10 + uint64(b[digits]-'0')
+	}
+	return digits == 0 || flags&pfExiting != 0
+}
