@@ -1,0 +1,106 @@
+package checkpoint
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// nsFlags maps the names under /proc/PID/ns to setns(2) flags, in the order in
+// which they have to be entered: mnt last, since it takes /proc away.
+var nsFlags = []struct {
+	name string
+	flag int
+}{
+	{"ipc", unix.CLONE_NEWIPC},
+	{"uts", unix.CLONE_NEWUTS},
+	{"cgroup", unix.CLONE_NEWCGROUP},
+	{"net", unix.CLONE_NEWNET},
+	{"pid", unix.CLONE_NEWPID},
+	{"mnt", unix.CLONE_NEWNS},
+}
+
+// sameNS reports whether two processes share the namespace called name. Pids of
+// 0 mean the calling process.
+func sameNS(a, b int, name string) (bool, error) {
+	la, err := os.Readlink(nsPath(a, name))
+	if err != nil {
+		return false, fmt.Errorf("read namespace: %w", err)
+	}
+	lb, err := os.Readlink(nsPath(b, name))
+	if err != nil {
+		return false, fmt.Errorf("read namespace: %w", err)
+	}
+	return la == lb, nil
+}
+
+func nsPath(pid int, name string) string {
+	if pid == 0 {
+		return "/proc/self/ns/" + name
+	}
+	return fmt.Sprintf("/proc/%d/ns/%s", pid, name)
+}
+
+// startIn starts cmd as a child in those of the named namespaces of pid that are
+// not ours. It enters them on a thread of its own and lets that thread die,
+// because what setns(2) did to a thread's root directory cannot be undone.
+func startIn(pid int, names map[string]bool, cmd *exec.Cmd) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- func() error {
+			if err := enter(pid, names); err != nil {
+				return err
+			}
+			return cmd.Start()
+		}()
+	}()
+	return <-done
+}
+
+func enter(pid int, names map[string]bool) error {
+	type namespace struct {
+		f    *os.File
+		name string
+		flag int
+	}
+	var todo []namespace
+	defer func() {
+		for _, n := range todo {
+			n.f.Close()
+		}
+	}()
+	for _, n := range nsFlags { // open all before the first is entered
+		if !names[n.name] {
+			continue
+		}
+		same, err := sameNS(0, pid, n.name)
+		if err != nil {
+			return err
+		}
+		if same {
+			continue
+		}
+		f, err := os.Open(nsPath(pid, n.name))
+		if err != nil {
+			return fmt.Errorf("open namespace: %w", err)
+		}
+		todo = append(todo, namespace{f, n.name, n.flag})
+	}
+	for _, n := range todo {
+		if n.flag == unix.CLONE_NEWNS {
+			// A mount namespace can only be entered by a thread that shares its
+			// root and working directory with no other (setns(2)).
+			if err := unix.Unshare(unix.CLONE_FS); err != nil {
+				return fmt.Errorf("unshare directories: %w", err)
+			}
+		}
+		if err := unix.Setns(int(n.f.Fd()), n.flag); err != nil {
+			return fmt.Errorf("enter %s namespace of pid %d: %w", n.name, pid, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,143 @@
+package checkpoint
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+)
+
+// ErrNoProcess says that a process does not exist.
+var ErrNoProcess = errors.New("no such process")
+
+// procTree lists root and its descendants with the ids we see.
+func procTree(root int) ([]Task, error) {
+	var tasks []Task
+	todo := []int{root}
+	for len(todo) > 0 {
+		pid := todo[0]
+		todo = todo[1:]
+		t, err := procTask(pid)
+		if err != nil {
+			if pid != root && errors.Is(err, ErrNoProcess) {
+				continue // it ended while we looked
+			}
+			return nil, err
+		}
+		tasks = append(tasks, t)
+		for _, tid := range t.Threads {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, tid))
+			if err != nil {
+				continue // as above
+			}
+			for _, f := range strings.Fields(string(b)) {
+				if child, err := strconv.Atoi(f); err == nil {
+					todo = append(todo, child)
+				}
+			}
+		}
+	}
+	return tasks, nil
+}
+
+// procTask reads one process from /proc.
+func procTask(pid int) (Task, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "no such process") {
+			return Task{}, ErrNoProcess
+		}
+		return Task{}, fmt.Errorf("read process: %w", err)
+	}
+	// The name in parentheses may hold anything, spaces and parentheses too.
+	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	if len(f) < 4 {
+		return Task{}, fmt.Errorf("read process: /proc/%d/stat is cut short", pid)
+	}
+	t := Task{PID: pid}
+	for i, p := range []*int{&t.PPID, &t.PGID, &t.SID} {
+		if *p, err = strconv.Atoi(string(f[1+i])); err != nil {
+			return Task{}, fmt.Errorf("read process: %w", err)
+		}
+	}
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return Task{}, ErrNoProcess
+	}
+	for _, e := range threads {
+		if tid, err := strconv.Atoi(e.Name()); err == nil {
+			t.Threads = append(t.Threads, tid)
+		}
+	}
+	return t, nil
+}
+
+// procStatus reads the named fields of /proc/PID/status.
+func procStatus(pid int, names ...string) (map[string]string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "no such process") {
+			return nil, ErrNoProcess
+		}
+		return nil, fmt.Errorf("read process: %w", err)
+	}
+	got := make(map[string]string, len(names))
+	for _, line := range strings.Split(string(b), "\n") {
+		k, v, ok := strings.Cut(line, ":")
+		if !ok {
+			continue
+		}
+		for _, n := range names {
+			if k == n {
+				got[n] = strings.TrimSpace(v)
+			}
+		}
+	}
+	return got, nil
+}
+
+// innerPID is the id which a process has in its own PID namespace.
+func innerPID(pid int) (int, error) {
+	st, err := procStatus(pid, "NSpid")
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(st["NSpid"])
+	if len(f) == 0 {
+		return 0, fmt.Errorf("read process: /proc/%d/status has no NSpid", pid)
+	}
+	return strconv.Atoi(f[len(f)-1])
+}
+
+// outerPID finds the process with the given id in the PID namespace of init, or
+// in ours when init is 0.
+func outerPID(inner, init int) (int, error) {
+	if init == 0 {
+		return inner, nil
+	}
+	if same, err := sameNS(0, init, "pid"); err != nil {
+		return 0, err
+	} else if same {
+		return inner, nil
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0, fmt.Errorf("list processes: %w", err)
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		if in, err := innerPID(pid); err != nil || in != inner {
+			continue
+		}
+		if same, err := sameNS(pid, init, "pid"); err == nil && same {
+			return pid, nil
+		}
+	}
+	return 0, fmt.Errorf("find process %d of the PID namespace of %d: %w", inner, init, ErrNoProcess)
+}
