@@ -1,0 +1,128 @@
+package capsule
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// identify says who pid is now. A zombie is nobody.
+func identify(pid int) (identity, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return identity{}, err
+	}
+	// The name in field 2 may hold anything, so count from its closing bracket.
+	_, rest, ok := cutLast(string(stat), ") ")
+	fields := strings.Fields(rest)
+	if !ok || len(fields) < 20 {
+		return identity{}, fmt.Errorf("read /proc/%d/stat: unknown form", pid)
+	}
+	if fields[0] == "Z" || fields[0] == "X" {
+		return identity{}, fmt.Errorf("process %d has ended", pid)
+	}
+	start, err := strconv.ParseUint(fields[19], 10, 64)
+	if err != nil {
+		return identity{}, fmt.Errorf("read /proc/%d/stat: start time: %w", pid, err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return identity{}, err
+	}
+	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", pid))
+	if err != nil {
+		return identity{}, err
+	}
+	return identity{PID: pid, StartTime: start, BootID: strings.TrimSpace(string(boot)), PIDNS: ns}, nil
+}
+
+func cutLast(s, sep string) (before, after string, found bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
+}
+
+// checkProc refuses a /proc that counts PIDs differently from this process.
+func checkProc() error {
+	self, err := os.Readlink("/proc/self")
+	if err != nil {
+		return err
+	}
+	if self != strconv.Itoa(os.Getpid()) {
+		return fmt.Errorf("/proc is of another PID namespace (there we are %s, here %d): mount proc anew in this one", self, os.Getpid())
+	}
+	return nil
+}
+
+// openPIDFD returns a descriptor that names this one process for ever, even
+// when its PID is reused, and that the runtime can wait for.
+func openPIDFD(pid int) (*os.File, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("open pidfd of %d: %w", pid, err)
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// awaitExit returns nil when the process has ended and an error when pidfd was
+// closed before.
+func awaitExit(pidfd *os.File) error {
+	conn, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return conn.Read(func(fd uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, 0)
+		return n == 1 && err == nil
+	})
+}
+
+func killPIDFD(pidfd *os.File) error {
+	conn, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var kerr error
+	err = conn.Control(func(fd uintptr) { kerr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) })
+	if errors.Is(kerr, unix.ESRCH) {
+		kerr = nil
+	}
+	return errors.Join(err, kerr)
+}
+
+// inNetNS runs fn on a thread of its own that is in the network namespace ns.
+// The thread goes back to the runtime only if it came home.
+func inNetNS(ns *os.File, fn func() error) error {
+	err := errors.New("the function left its goroutine")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		home, e := os.Open("/proc/thread-self/ns/net")
+		if e != nil {
+			err = fmt.Errorf("open own network namespace: %w", e)
+			return
+		}
+		defer home.Close()
+		if e := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); e != nil {
+			err = fmt.Errorf("enter network namespace: %w", e)
+			return
+		}
+		defer func() {
+			if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
+		err = fn()
+	}()
+	<-done
+	return err
+}

@@ -1,0 +1,405 @@
+package capsule
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/l2"
+)
+
+// parkingMetric is the worst there is: the parking route never wins against a
+// real one.
+const parkingMetric = math.MaxInt32
+
+// carrierTimeout bounds the wait for a new link to carry frames. The kernel
+// (net/core/link_watch.c) may take up to a second over a change of carrier.
+const carrierTimeout = 1500 * time.Millisecond
+
+// handles opens netlink in both network namespaces.
+func (c *Capsule) handles() (host, inside *netlink.Handle, err error) {
+	if host, err = netlink.NewHandleAt(netns.NsHandle(c.hostns.Fd()), unix.NETLINK_ROUTE); err != nil {
+		return nil, nil, fmt.Errorf("open netlink: %w", err)
+	}
+	if inside, err = netlink.NewHandleAt(netns.NsHandle(c.netns.Fd()), unix.NETLINK_ROUTE); err != nil {
+		host.Close()
+		return nil, nil, fmt.Errorf("open netlink in the capsule: %w", err)
+	}
+	return host, inside, nil
+}
+
+// PrepareVIP makes the device with the service's address inside the capsule: a
+// macvlan in bridge mode on Options.Dev, left down, so that the network sees
+// nothing of it. vip is the address with the length of its network.
+//
+// With IPv4 the address works at once for everything local: bind, listen, CRIU's
+// repair of established sockets, and packets injected over lo. Connections to
+// clients get a route over lo of the worst metric until TakeVIP, since connect
+// needs one even in repair mode; what is sent over it goes nowhere. IPv6 knows
+// neither an address on a device that is down nor such a route: there,
+// established sockets can be restored only after TakeVIP.
+//
+// Preparing the same address again does nothing.
+func (c *Capsule) PrepareVIP(vip netip.Prefix) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return fmt.Errorf("prepare %v: the capsule is closed", vip)
+	}
+	if c.st.VIP == vip {
+		return nil
+	}
+	if c.st.VIP.IsValid() {
+		return fmt.Errorf("prepare %v: the capsule has %v already: drop it first", vip, c.st.VIP)
+	}
+	if !vip.IsValid() || vip.Addr().IsUnspecified() || vip.Addr().IsMulticast() || vip.Addr().Is4In6() {
+		return fmt.Errorf("prepare %v: not an address with the length of its network, such as 10.0.0.5/24", vip)
+	}
+	if c.opt.Dev == "" {
+		return fmt.Errorf("prepare %v: no host interface was given", vip)
+	}
+	// The file first: what is made from here on must be found again.
+	st := c.st
+	st.VIP = vip
+	if err := st.write(c.path); err != nil {
+		return err
+	}
+	c.st = st
+	if err := c.makeVIPDev(vip); err != nil {
+		return errors.Join(fmt.Errorf("prepare %v on %s: %w", vip, c.opt.Dev, err), c.dropVIP())
+	}
+	return nil
+}
+
+func (c *Capsule) makeVIPDev(vip netip.Prefix) error {
+	host, inside, err := c.handles()
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	defer inside.Close()
+	parent, err := host.LinkByName(c.opt.Dev)
+	if err != nil {
+		return fmt.Errorf("find interface: %w", err)
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = c.opt.VIPDev
+	attrs.ParentIndex = parent.Attrs().Index
+	attrs.Namespace = netlink.NsFd(c.netns.Fd())
+	if err := host.LinkAdd(&netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_BRIDGE}); err != nil {
+		return fmt.Errorf("make macvlan %s (the kernel needs CONFIG_MACVLAN, the interface must be Ethernet): %w", c.opt.VIPDev, err)
+	}
+	dev, err := inside.LinkByName(c.opt.VIPDev)
+	if err != nil {
+		return fmt.Errorf("find %s inside: %w", c.opt.VIPDev, err)
+	}
+	if err := inNetNS(c.netns, func() error { return setDevSysctls(c.opt.VIPDev) }); err != nil {
+		return err
+	}
+	addr := &netlink.Addr{IPNet: ipNet(vip)}
+	if vip.Addr().Is6() {
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	if err := inside.AddrAdd(dev, addr); err != nil {
+		return fmt.Errorf("add address: %w", err)
+	}
+	if vip.Addr().Is6() {
+		return nil
+	}
+	park, err := parkingRoute(inside)
+	if err != nil {
+		return err
+	}
+	if err := inside.RouteAdd(park); err != nil {
+		return fmt.Errorf("add parking route: %w", err)
+	}
+	return nil
+}
+
+func parkingRoute(inside *netlink.Handle) (*netlink.Route, error) {
+	lo, err := inside.LinkByName("lo")
+	if err != nil {
+		return nil, fmt.Errorf("find lo inside: %w", err)
+	}
+	return &netlink.Route{
+		LinkIndex: lo.Attrs().Index, Scope: netlink.SCOPE_LINK, Priority: parkingMetric,
+		Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)},
+	}, nil
+}
+
+// TakeVIP lets the network see the address: the device goes up, and gets the
+// routes of the main table that the host has through Options.Dev at this moment.
+// It returns when the device carries frames; clients find it only after
+// Announce. Taking again does nothing. When it fails the device is down.
+func (c *Capsule) TakeVIP() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || !c.st.VIP.IsValid() {
+		return errors.New("take the address: none is prepared")
+	}
+	if c.taken {
+		return nil
+	}
+	if err := c.takeVIP(); err != nil {
+		return fmt.Errorf("take %v on %s: %w", c.st.VIP, c.opt.Dev, err)
+	}
+	c.taken = true
+	return nil
+}
+
+func (c *Capsule) takeVIP() (err error) {
+	host, inside, err := c.handles()
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	defer inside.Close()
+	parent, err := host.LinkByName(c.opt.Dev)
+	if err != nil {
+		return fmt.Errorf("find interface: %w", err)
+	}
+	dev, err := inside.LinkByName(c.opt.VIPDev)
+	if err != nil {
+		return fmt.Errorf("find %s inside: %w", c.opt.VIPDev, err)
+	}
+	hostRoutes, err := host.RouteListFiltered(family(c.st.VIP), &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	if err := inside.LinkSetUp(dev); err != nil {
+		return fmt.Errorf("set %s up (is %s up?): %w", c.opt.VIPDev, c.opt.Dev, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, inside.LinkSetDown(dev))
+		}
+	}()
+	for _, r := range inheritRoutes(hostRoutes, parent.Attrs().Index, dev.Attrs().Index) {
+		if err := inside.RouteAdd(&r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add route %v: %w", r, err)
+		}
+	}
+	if err := awaitCarrier(inside, c.opt.VIPDev); err != nil {
+		return err
+	}
+	if c.st.VIP.Addr().Is6() {
+		return nil
+	}
+	park, err := parkingRoute(inside)
+	if err != nil {
+		return err
+	}
+	if err := inside.RouteDel(park); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("remove parking route: %w", err)
+	}
+	return nil
+}
+
+// inheritRoutes turns the host's unicast routes through interface parent into
+// routes through interface dev, those on the link first. The host's preferred
+// source addresses do not come along: they are not in the capsule. Gateways are
+// on-link, since the address may be of another network than the host's.
+func inheritRoutes(routes []netlink.Route, parent, dev int) []netlink.Route {
+	var link, via []netlink.Route
+	for _, r := range routes {
+		if r.Type != unix.RTN_UNICAST {
+			continue
+		}
+		hop, gw := r.LinkIndex, r.Gw
+		for _, m := range r.MultiPath {
+			if m.LinkIndex == parent {
+				hop, gw = m.LinkIndex, m.Gw
+				break
+			}
+		}
+		if hop != parent || (r.Dst != nil && r.Dst.IP.IsLinkLocalUnicast() && r.Dst.IP.To4() == nil) {
+			continue
+		}
+		n := netlink.Route{
+			LinkIndex: dev, Dst: r.Dst, Gw: gw, Scope: r.Scope, Priority: r.Priority, Tos: r.Tos,
+			MTU: r.MTU, AdvMSS: r.AdvMSS, Table: unix.RT_TABLE_MAIN,
+		}
+		if gw == nil {
+			link = append(link, n)
+		} else {
+			n.Flags = int(netlink.FLAG_ONLINK)
+			via = append(via, n)
+		}
+	}
+	return append(link, via...)
+}
+
+// awaitCarrier returns when name is operationally up: before that the kernel
+// drops what it is given to send.
+func awaitCarrier(h *netlink.Handle, name string) error {
+	for deadline := time.Now().Add(carrierTimeout); ; time.Sleep(time.Millisecond) {
+		dev, err := h.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if dev.Attrs().RawFlags&unix.IFF_RUNNING != 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s has no carrier after %v: is the cable of the host's interface in?", name, carrierTimeout)
+		}
+	}
+}
+
+// DropVIP takes the address away from the network and removes the device.
+// Announcements stop. Sockets inside stay as they are and reach nobody.
+func (c *Capsule) DropVIP() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.announce.stop()
+	if c.closed {
+		return nil
+	}
+	return c.dropVIP()
+}
+
+func (c *Capsule) dropVIP() error {
+	if !c.st.VIP.IsValid() {
+		return nil
+	}
+	fail := func(err error) error { return fmt.Errorf("drop %v: %w", c.st.VIP, err) }
+	host, inside, err := c.handles()
+	if err != nil {
+		return fail(err)
+	}
+	defer host.Close()
+	defer inside.Close()
+	dev, err := inside.LinkByName(c.opt.VIPDev)
+	var gone netlink.LinkNotFoundError
+	switch {
+	case errors.As(err, &gone):
+	case err != nil:
+		return fail(err)
+	default:
+		if err := inside.LinkDel(dev); err != nil {
+			return fail(err)
+		}
+	}
+	c.taken = false
+	if c.st.VIP.Addr().Is4() {
+		if park, err := parkingRoute(inside); err == nil {
+			_ = inside.RouteDel(park) // it is there only before TakeVIP
+		}
+	}
+	c.st.VIP = netip.Prefix{}
+	select {
+	case <-c.done: // the file no longer matters
+		return nil
+	default:
+	}
+	if err := c.st.write(c.path); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+// lookUp finds out how far an adopted capsule's address has come.
+func (c *Capsule) lookUp() error {
+	if !c.st.VIP.IsValid() {
+		return nil
+	}
+	host, inside, err := c.handles()
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	defer inside.Close()
+	dev, err := inside.LinkByName(c.opt.VIPDev)
+	var gone netlink.LinkNotFoundError
+	if errors.As(err, &gone) { // the agent died between the file and the device
+		c.st.VIP = netip.Prefix{}
+		return c.st.write(c.path)
+	}
+	if err != nil {
+		return err
+	}
+	c.taken = dev.Attrs().Flags&net.FlagUp != 0
+	return nil
+}
+
+// announceAgain is when Announce repeats, from its first round: at once for a
+// lost frame, later for a switch that was still learning (spanning tree).
+var announceAgain = []time.Duration{
+	20 * time.Millisecond, 100 * time.Millisecond, 300 * time.Millisecond,
+	time.Second, 2 * time.Second, 5 * time.Second,
+}
+
+// Announce tells the network at once where the address lives now, and again six
+// times within five seconds in the background, until ctx ends or the address is
+// dropped. The error is of the first round.
+func (c *Capsule) Announce(ctx context.Context) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	vip := c.st.VIP
+	if c.closed || !c.taken {
+		return errors.New("announce the address: it is not taken")
+	}
+	round := func() error {
+		return c.Do(func() error { return l2.Announce(c.opt.VIPDev, vip.Addr()) })
+	}
+	if err := round(); err != nil {
+		return err
+	}
+	c.announce.start(ctx, func(ctx context.Context) {
+		start := time.Now()
+		for _, after := range announceAgain {
+			t := time.NewTimer(time.Until(start.Add(after)))
+			select {
+			case <-ctx.Done():
+				t.Stop()
+				return
+			case <-t.C:
+			}
+			if err := round(); err != nil {
+				c.log().Warn("repeat the announcement of the address", "vip", vip, "err", err)
+			}
+		}
+	})
+	return nil
+}
+
+// announcer runs at most one background announcement. Capsule.mu guards it.
+type announcer struct {
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+func (a *announcer) start(ctx context.Context, fn func(context.Context)) {
+	a.stop()
+	ctx, a.cancel = context.WithCancel(ctx)
+	a.wg.Go(func() { fn(ctx) })
+}
+
+// stop returns when nothing is sent any more.
+func (a *announcer) stop() {
+	if a.cancel != nil {
+		a.cancel()
+		a.cancel = nil
+	}
+	a.wg.Wait()
+}
+
+func family(p netip.Prefix) int {
+	if p.Addr().Is6() {
+		return netlink.FAMILY_V6
+	}
+	return netlink.FAMILY_V4
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
