@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
@@ -127,13 +128,12 @@ type setting struct {
 }
 
 func readFile(path string) ([]setting, error) {
-	f, err := os.Open(path)
+	// A pipe or a device could block for ever, a pipe already in open(2).
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	// A pipe or a device would make "the file" another thing at each read, and
-	// could block for ever.
 	if fi, err := f.Stat(); err != nil {
 		return nil, err
 	} else if !fi.Mode().IsRegular() {
