@@ -78,7 +78,7 @@ func (p *Protect) Validate() error {
 	if err != nil {
 		return err
 	}
-	if u.Embed != "" {
+	if u.Embedded() {
 		return problem("log", "a log in the primary's own process would die with it: take the join string of a standby or a logserver, or the URL of a NATS server elsewhere")
 	}
 	return nil
@@ -201,13 +201,27 @@ func checkJoin(s string) error {
 
 // LogURL is a checked --log setting, its credentials apart.
 type LogURL struct {
-	// Embed is where to listen (host:port) for embed://, "" for the others.
-	Embed string
-	// Servers is the URL without credentials, several with commas between.
-	Servers string
+	embed   string // host:port
+	servers string // URLs with commas between
 	// User and Password, or Token alone, as in nats://USER:PASSWORD@HOST and
 	// nats://TOKEN@HOST.
 	User, Password, Token string
+}
+
+// Embedded says whether the log runs in this process, at Addr.
+func (u LogURL) Embedded() bool { return u.embed != "" }
+
+// Addr is where an embedded log listens (host:port, the host empty for all
+// addresses), and "" for any other.
+func (u LogURL) Addr() string { return u.embed }
+
+// String is the URL without credentials, several of a cluster with commas
+// between.
+func (u LogURL) String() string {
+	if u.Embedded() {
+		return schemeEmbed + "://" + u.embed
+	}
+	return u.servers
 }
 
 // ParseLogURL reads nats:// and tls:// URLs, several of a cluster with commas
@@ -222,7 +236,7 @@ func ParseLogURL(s string) (LogURL, error) {
 		if err := checkHostPort(rest); err != nil {
 			return LogURL{}, problem("log", "embed:// takes an address and a port, as embed://:4222: %w", err)
 		}
-		return LogURL{Embed: rest}, nil
+		return LogURL{embed: rest}, nil
 	}
 	var out LogURL
 	var servers []string
@@ -254,7 +268,7 @@ func ParseLogURL(s string) (LogURL, error) {
 		}
 		servers = append(servers, u.Scheme+"://"+u.Host)
 	}
-	out.Servers = strings.Join(servers, ",")
+	out.servers = strings.Join(servers, ",")
 	return out, nil
 }
 

@@ -6,8 +6,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 func goodProtect() Protect {
@@ -126,13 +124,13 @@ func TestParseLogURL(t *testing.T) {
 		want LogURL
 		err  string
 	}{
-		{"nats://10.0.0.1:4222", LogURL{Servers: "nats://10.0.0.1:4222"}, ""},
-		{"tls://u:s3cret@h", LogURL{Servers: "tls://h", User: "u", Password: secret}, ""},
-		{"nats://s3cret@h:1", LogURL{Servers: "nats://h:1", Token: secret}, ""},
-		{"nats://u:s3cret@a:1,nats://b:1,nats://u:s3cret@c:1", LogURL{Servers: "nats://a:1,nats://b:1,nats://c:1", User: "u", Password: secret}, ""},
-		{"nats://[2001:db8::1]:4222", LogURL{Servers: "nats://[2001:db8::1]:4222"}, ""},
-		{"embed://:4222", LogURL{Embed: ":4222"}, ""},
-		{"embed://10.0.0.1:0", LogURL{Embed: "10.0.0.1:0"}, ""},
+		{"nats://10.0.0.1:4222", LogURL{servers: "nats://10.0.0.1:4222"}, ""},
+		{"tls://u:s3cret@h", LogURL{servers: "tls://h", User: "u", Password: secret}, ""},
+		{"nats://s3cret@h:1", LogURL{servers: "nats://h:1", Token: secret}, ""},
+		{"nats://u:s3cret@a:1,nats://b:1,nats://u:s3cret@c:1", LogURL{servers: "nats://a:1,nats://b:1,nats://c:1", User: "u", Password: secret}, ""},
+		{"nats://[2001:db8::1]:4222", LogURL{servers: "nats://[2001:db8::1]:4222"}, ""},
+		{"embed://:4222", LogURL{embed: ":4222"}, ""},
+		{"embed://10.0.0.1:0", LogURL{embed: "10.0.0.1:0"}, ""},
 		{"nats://u:s3cret@a,nats://v:s3cret@b", LogURL{}, "same credentials"},
 		{"nats://u:s3cret@a/path", LogURL{}, "more than a host"},
 		{"nats://u:s3cret@", LogURL{}, "names no host"},
@@ -158,8 +156,11 @@ func TestParseLogURL(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d := cmp.Diff(tt.want, got); d != "" {
-				t.Error(d)
+			if got != tt.want {
+				t.Errorf("got %+v, want %+v", got, tt.want)
+			}
+			if strings.Contains(got.String(), secret) {
+				t.Errorf("String tells the secret: %v", got)
 			}
 		})
 	}
