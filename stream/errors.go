@@ -14,6 +14,10 @@ var (
 	ErrFull = errors.New("log full")
 	// ErrFenced: another node has appended a later fence. Final for a Writer.
 	ErrFenced = errors.New("fenced: another node is the primary")
+	// ErrRolledBack: the log lacks what it had acknowledged, as after a power
+	// loss of a log host that does not sync always. A Writer holds then; the way
+	// out is to acquire again and to begin with a new generation.
+	ErrRolledBack = errors.New("log has gone back")
 	// ErrClosed: the Writer, Reader, Log or Server was closed by its owner.
 	ErrClosed = errors.New("closed")
 	// ErrBacklog: a Writer holds Config.MaxBacklog octets that are not stable

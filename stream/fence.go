@@ -1,0 +1,240 @@
+package stream
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	mrand "math/rand/v2"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Fence is the licence of an epoch: the record that makes a node the primary.
+type Fence struct {
+	Epoch Epoch
+	Node  string    // who
+	At    time.Time // when, by that node's clock; for people only
+	Seq   StreamSeq // its own place in the stream; not on the wire
+	Prev  StreamSeq // the fence before it, 0 for the first
+	Nonce [16]byte  // tells its author whether an ambiguous publish was stored
+}
+
+// Headers of an append (JetStream's optimistic concurrency control).
+const (
+	hdrLastSeq     = "Nats-Expected-Last-Sequence"
+	hdrSubjLastSeq = "Nats-Expected-Last-Subject-Sequence"
+	hdrSubj        = "Nats-Expected-Last-Subject-Sequence-Subject"
+)
+
+// LastFence reads the newest fence; ErrMissing when the service never had a
+// primary. It is no proof of ownership: an isolated leader answers, too.
+func (l *Log) LastFence(ctx context.Context) (Fence, error) {
+	c, err := l.control(ctx)
+	if err != nil {
+		return Fence{}, fmt.Errorf("read fence: %w", err)
+	}
+	return l.lastFence(ctx, c)
+}
+
+func (l *Log) lastFence(ctx context.Context, c *conn) (Fence, error) {
+	m, err := c.getMsg(ctx, l.names.logStream, map[string]any{"last_by_subj": l.names.fence})
+	if err != nil {
+		return Fence{}, fmt.Errorf("read fence: %w", err)
+	}
+	return decodeFence(m.Data, m.Seq)
+}
+
+func (l *Log) fenceAt(ctx context.Context, c *conn, seq StreamSeq) (Fence, error) {
+	m, err := c.getMsg(ctx, l.names.logStream, map[string]any{"seq": seq})
+	if err != nil {
+		return Fence{}, fmt.Errorf("read fence %d: %w", seq, err)
+	}
+	if m.Subject != l.names.fence {
+		return Fence{}, fmt.Errorf("read fence %d: %w log: a message of %s is there", seq, ErrCorrupt, m.Subject)
+	}
+	return decodeFence(m.Data, m.Seq)
+}
+
+// fenceBefore is the fence in force at seq: the newest before it; zero for none.
+func (l *Log) fenceBefore(ctx context.Context, c *conn, seq StreamSeq) (Fence, error) {
+	f, err := l.lastFence(ctx, c)
+	for err == nil && f.Seq >= seq {
+		if f.Prev == 0 {
+			return Fence{}, nil
+		}
+		f, err = l.fenceAt(ctx, c, f.Prev)
+	}
+	if errors.Is(err, ErrMissing) {
+		return Fence{}, nil
+	}
+	return f, err
+}
+
+// Acquire makes node the primary, whoever was it before: it appends the fence
+// of the next epoch and tries again until that has happened or ctx ends. Every
+// older Writer is fenced from then on.
+func (l *Log) Acquire(ctx context.Context, node string) (*Writer, error) {
+	return l.acquire(ctx, node, nil)
+}
+
+// AcquireIf is Acquire unless the newest fence is another than prev (0: there
+// is none): then it answers ErrFenced. Of several standbys that saw the same
+// fence exactly one wins.
+func (l *Log) AcquireIf(ctx context.Context, node string, prev StreamSeq) (*Writer, error) {
+	return l.acquire(ctx, node, &prev)
+}
+
+func (l *Log) acquire(ctx context.Context, node string, prev *StreamSeq) (*Writer, error) {
+	if err := checkName("node", node, maxNodeName); err != nil {
+		return nil, fmt.Errorf("acquire log: %w", err)
+	}
+	a := attempt{l: l, node: node, prev: prev}
+	if _, err := rand.Read(a.nonce[:]); err != nil {
+		return nil, fmt.Errorf("acquire log: %w", err)
+	}
+	defer func() { a.conn.close() }()
+	var last error
+	for try := 0; ; try++ {
+		w, err := a.once(ctx)
+		if err == nil {
+			return w, nil
+		}
+		if !errors.Is(err, errRace) {
+			a.conn.close()
+			a.conn = nil
+		}
+		for _, final := range []error{ErrFenced, ErrRefused, ErrCorrupt, ErrVersion, ErrClosed} {
+			if errors.Is(err, final) {
+				return nil, fmt.Errorf("acquire log: %w", err)
+			}
+		}
+		if ctx.Err() == nil || last == nil {
+			last = err
+		}
+		// Against a live writer of a cluster most single tries lose, so the first
+		// pauses are short; they are random so that two standbys do not dance.
+		pause := time.Duration(1+mrand.IntN(1<<min(try+2, 7))) * time.Millisecond
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("acquire log: %w: %w", ctx.Err(), last)
+		}
+	}
+}
+
+// errRace is a fence that was refused because something else came first.
+var errRace = errors.New("append fence: race lost")
+
+// attempt is one node's try to become primary, over as many connections as it
+// takes. Its nonce tells it whether a publish without an answer was stored.
+type attempt struct {
+	l     *Log
+	node  string
+	prev  *StreamSeq
+	nonce [16]byte
+	conn  *conn
+	mine  Fence // once stored
+}
+
+func (a *attempt) once(ctx context.Context) (*Writer, error) {
+	l := a.l
+	if l.ctx.Err() != nil {
+		return nil, ErrClosed
+	}
+	if a.conn == nil {
+		c, err := l.takeSpare(ctx)
+		if err != nil {
+			return nil, err
+		}
+		a.conn = c
+	}
+	cur, err := l.lastFence(ctx, a.conn)
+	if err != nil && !errors.Is(err, ErrMissing) {
+		return nil, err
+	}
+	switch {
+	case cur.Nonce == a.nonce && cur.Seq != 0:
+		a.mine = cur
+	case a.mine.Seq != 0 && cur.Seq > a.mine.Seq || a.prev != nil && cur.Seq != *a.prev:
+		return nil, fmt.Errorf("%w: %s was faster (epoch %d)", ErrFenced, cur.Node, cur.Epoch)
+	default:
+		if err := a.publish(ctx, cur); err != nil {
+			return nil, err
+		}
+	}
+	stable, newest, err := a.tail(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c := a.conn
+	a.conn = nil
+	return newWriter(l, c, a.mine, stable, newest), nil
+}
+
+func (a *attempt) publish(ctx context.Context, cur Fence) error {
+	l := a.l
+	f := Fence{Epoch: cur.Epoch + 1, Node: a.node, At: time.Now(), Prev: cur.Seq, Nonce: a.nonce}
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	m, err := a.conn.nc.RequestMsgWithContext(ctx, &nats.Msg{
+		Subject: l.names.fence,
+		Data:    appendFence(nil, f),
+		Header:  nats.Header{hdrSubjLastSeq: {strconv.FormatUint(uint64(cur.Seq), 10)}},
+	})
+	if err != nil {
+		return fmt.Errorf("append fence: %w", classify(err))
+	}
+	seq, err := parseAck(m)
+	if errors.Is(err, ErrFull) {
+		// A full log must not keep a service from being taken over.
+		err = errors.Join(err, l.Grow(ctx, 1<<20))
+	}
+	if errors.Is(err, ErrRefused) {
+		// Lost to another fence, or on a cluster to an append that was being
+		// replicated: the next reading tells which.
+		return fmt.Errorf("%w: %v", errRace, err)
+	}
+	if err != nil {
+		return fmt.Errorf("append fence: %w", err)
+	}
+	f.Seq = seq
+	a.mine = f
+	return nil
+}
+
+// tail finds the last position before our fence, and the batch that holds it.
+//
+// The answer must not be one of a server that lags behind its cluster, so it
+// is checked: between that batch and our fence there may be nothing but
+// fences, each of which names the one before it.
+func (a *attempt) tail(ctx context.Context) (Position, StreamSeq, error) {
+	l := a.l
+	m, err := a.conn.getMsg(ctx, l.names.logStream, map[string]any{"last_by_subj": l.names.data})
+	if err != nil && !errors.Is(err, ErrMissing) {
+		return 0, 0, fmt.Errorf("read newest batch: %w", err)
+	}
+	f := a.mine
+	for f.Prev != 0 && f.Prev == f.Seq-1 && m.Seq < f.Prev {
+		if f, err = l.fenceAt(ctx, a.conn, f.Prev); err != nil {
+			return 0, 0, err
+		}
+	}
+	// f is now the oldest of the fences that follow the newest batch.
+	if m.Seq+1 != f.Seq {
+		return 0, 0, fmt.Errorf("read newest batch: found %d, expected %d: server lags", m.Seq, f.Seq-1)
+	}
+	if m.Seq == 0 {
+		return 0, 0, nil
+	}
+	h, err := decodeHeader(m.Data)
+	if err != nil {
+		return 0, 0, fmt.Errorf("read newest batch %d: %w", m.Seq, err)
+	}
+	if h.epoch != f.Epoch-1 {
+		return 0, 0, fmt.Errorf("read newest batch %d: %w log: epoch %d before the fence of %d", m.Seq, ErrCorrupt, h.epoch, f.Epoch)
+	}
+	return h.first + Position(h.count) - 1, m.Seq, nil
+}
