@@ -24,8 +24,9 @@ type ProcWatch struct {
 	exited chan struct{}
 	done   chan struct{} // the watching goroutine has ended
 
-	mu     sync.RWMutex
+	mu     sync.Mutex
 	closed bool
+	buf    [1024]byte // of Dying
 }
 
 // WatchProc watches the process pid. The error wraps unix.ESRCH when there is
@@ -60,18 +61,17 @@ func (w *ProcWatch) Exited() <-chan struct{} { return w.exited }
 // Dying reports whether the process is exiting, a zombie or gone. One read of
 // procfs, no allocation. After Close it answers true.
 func (w *ProcWatch) Dying() bool {
-	w.mu.RLock()
-	defer w.mu.RUnlock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.closed {
 		return true
 	}
-	var buf [1024]byte
 	for {
-		n, err := unix.Pread(w.stat, buf[:], 0)
+		n, err := unix.Pread(w.stat, w.buf[:], 0)
 		if err == unix.EINTR {
 			continue
 		}
-		return err != nil || dyingStat(buf[:n])
+		return err != nil || dyingStat(w.buf[:n])
 	}
 }
 
