@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -19,9 +20,7 @@ import (
 )
 
 func main() {
-	if helper, ok := findHelper(os.Args); ok {
-		os.Exit(helper(os.Args[2:]))
-	}
+	becomeHelper()
 	// A reader of our output that went away (ftckpt protect | head) must not
 	// kill a daemon: its rules would stay and stall the server. A handler, not
 	// SIG_IGN: that one is inherited by what we start.
@@ -153,7 +152,7 @@ func helpCmd() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			target, rest, err := cmd.Root().Find(args)
 			if err != nil || len(rest) > 0 {
-				return exitcode.Errorf(exitcode.Usage, "unknown command %q (see \"ftckpt --help\")", args[0])
+				return exitcode.Errorf(exitcode.Usage, "unknown command %q (see \"ftckpt --help\")", strings.Join(args, " "))
 			}
 			return target.Help()
 		},
