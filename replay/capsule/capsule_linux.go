@@ -50,9 +50,9 @@ type Options struct {
 // Capsule is a running capsule. Its methods may be called from any goroutine.
 type Capsule struct {
 	opt      Options
-	path     string // of the state file
-	pid      int    // PID 1, as we count
-	pidMax   int    // inside
+	path     string   // of the state file
+	pid      int      // PID 1, as we count
+	pidMax   int      // inside
 	lifeline *os.File // write end; PID 1 reads its end of file when we die
 	pidfd    *os.File
 	netns    *os.File
