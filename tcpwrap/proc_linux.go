@@ -2,6 +2,7 @@ package tcpwrap
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -68,7 +69,7 @@ func (w *ProcWatch) Dying() bool {
 	}
 	for {
 		n, err := unix.Pread(w.stat, w.buf[:], 0)
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		return err != nil || dyingStat(w.buf[:n])
@@ -97,7 +98,7 @@ func (w *ProcWatch) wait() {
 	defer close(w.done)
 	fds := []unix.PollFd{{Fd: int32(w.pidfd), Events: unix.POLLIN}, {Fd: int32(w.wake), Events: unix.POLLIN}}
 	for {
-		if _, err := unix.Poll(fds, -1); err == unix.EINTR {
+		if _, err := unix.Poll(fds, -1); errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if fds[0].Revents != 0 {

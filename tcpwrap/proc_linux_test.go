@@ -150,7 +150,7 @@ func TestFinOfADyingServer(t *testing.T) {
 	ask(t, killed, "x")
 	send(t, closed, "q")
 	closed.SetReadDeadline(afterDeadline())
-	if n, err := closed.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := closed.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Fatalf("closed by the server: read %d, %v", n, err)
 	}
 	if err := server.Process.Signal(syscall.SIGKILL); err != nil {

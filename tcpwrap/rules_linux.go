@@ -1,6 +1,7 @@
 package tcpwrap
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Rules are the netfilter rules that send a service's packets to its queue:
@@ -42,6 +44,8 @@ const (
 	rulesComment   = "ftckpt:"
 	iptablesWait   = "10" // seconds to wait for the xtables lock
 	maxServiceName = 200  // a comment is 255 octets at most
+
+	iptablesLimit = 30 * time.Second // for one command, its wait included
 )
 
 var serviceName = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
@@ -88,8 +92,8 @@ func (r Rules) Install() error {
 
 // Block replaces the rules by plain DROPs on every device but lo: nothing of
 // the service enters or leaves, whatever becomes of the queue and of this
-// process, until Remove or Install. Also what SendOut sends is dropped. A
-// packet that is held already has passed the rules: give it Drop, or close the
+// process, until Remove or Install. What SendOut sends is dropped as well, and
+// it answers EPERM. A packet that is held already has passed the rules: give it Drop, or close the
 // queue, but do not accept it.
 func (r Rules) Block() error {
 	if err := r.check(); err != nil {
@@ -266,7 +270,9 @@ func (t tool) swap(name string, lines []string) error {
 		fmt.Fprintf(&b, "-I %s\n", l)
 	}
 	b.WriteString("COMMIT\n")
-	cmd := exec.Command(t.restore(), "-w", iptablesWait, "--noflush")
+	ctx, cancel := context.WithTimeout(context.Background(), iptablesLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, t.restore(), "-w", iptablesWait, "--noflush")
 	cmd.Stdin = strings.NewReader(b.String())
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("run %s: %w: %s", t.restore(), err, oneLine(out))
@@ -276,7 +282,9 @@ func (t tool) swap(name string, lines []string) error {
 
 // rules are the rules that carry name's comment, without the leading "-A ".
 func (t tool) rules(name string) ([]string, error) {
-	cmd := exec.Command(t.save(), "-t", rulesTable)
+	ctx, cancel := context.WithTimeout(context.Background(), iptablesLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, t.save(), "-t", rulesTable)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
