@@ -74,3 +74,12 @@ func (r *Ready) Decide(id PacketID, v Verdict) {
 
 // Send adds a segment.
 func (r *Ready) Send(o Outgoing) { r.Segments = append(r.Segments, o) }
+
+// AppendOutgoing appends the IP packet of a machine's segment to dst.
+func AppendOutgoing(dst []byte, o *Outgoing) []byte {
+	src, to := o.addrs()
+	return AppendSegment(dst, Build{
+		Src: src, Dst: to, Seq: o.Seq, Ack: o.Ack, Flags: o.Flags, Window: o.Window,
+		TS: o.HasTS, TSVal: o.TSVal, TSEcr: o.TSEcr, Payload: o.Payload,
+	})
+}

@@ -1,0 +1,221 @@
+package node
+
+import (
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/ftckpt/ftckpt/replay"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+const (
+	// tickEvery paces what can wait a little: where connections stand, and the
+	// probes of a replay.
+	tickEvery = 5 * time.Millisecond
+	// congestedAt and calmAt bound what may wait for the log, in octets: beyond
+	// the first no new client data is taken, below the second it is again.
+	congestedAt = 64 << 20
+	calmAt      = 32 << 20
+)
+
+// driver carries packets between a datapath and the pure machines, and their
+// records to the log. It holds no protocol: it parses, asks, and does what the
+// machine's Ready says, in the order Ready asks for.
+type driver struct {
+	log *slog.Logger
+	dp  tcpwrap.Datapath
+
+	mu      sync.Mutex
+	machine *tcpwrap.Machine // nil until the connections are live here
+	engine  *replay.Engine   // nil but during and just after a takeover
+	writer  *stream.Writer
+	dying   func() bool // of the server process, for its FIN and RST
+	failed  func(error) // the log ended or refused a record
+
+	congested bool
+	malformed uint64
+	corrupt   uint64
+	buf       []byte
+
+	stop chan struct{}
+	done sync.WaitGroup
+}
+
+func newDriver(dp tcpwrap.Datapath, log *slog.Logger) *driver {
+	return &driver{log: log, dp: dp, stop: make(chan struct{}), failed: func(error) {}, dying: func() bool { return false }}
+}
+
+// start begins to move packets. Nothing passes before there is a machine or an
+// engine: packets wait in the kernel.
+func (d *driver) start() {
+	d.done.Add(2)
+	go d.receive()
+	go d.tick()
+}
+
+// close ends the datapath; what it held is dropped by the kernel.
+func (d *driver) close() error {
+	select {
+	case <-d.stop:
+		return nil
+	default:
+	}
+	close(d.stop)
+	err := d.dp.Close()
+	d.done.Wait()
+	return err
+}
+
+// with runs f with the machines to itself and then does what they want done.
+func (d *driver) with(f func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	f()
+	d.carryOut()
+}
+
+func (d *driver) receive() {
+	defer d.done.Done()
+	var packets []tcpwrap.Packet
+	for {
+		var err error
+		packets, err = d.dp.Recv(packets[:0])
+		if err != nil {
+			if !errors.Is(err, tcpwrap.ErrClosed) {
+				d.log.Error("the packet queue failed: nothing passes any more", "err", err)
+				d.failed(err)
+			}
+			return
+		}
+		now := time.Now()
+		d.mu.Lock()
+		for i := range packets {
+			d.packet(now, &packets[i])
+			d.carryOut()
+		}
+		if err := d.dp.Flush(); err != nil {
+			d.log.Error("give verdicts", "err", err)
+		}
+		d.mu.Unlock()
+	}
+}
+
+func (d *driver) packet(now time.Time, p *tcpwrap.Packet) {
+	var s tcpwrap.Segment
+	if p.Corrupt {
+		d.corrupt++
+		d.dp.Verdict(p.ID, tcpwrap.Drop)
+		return
+	}
+	if err := tcpwrap.ParseSegment(p.Data, p.Dir, &s); err != nil {
+		d.malformed++ // fail closed: what we cannot read we cannot log
+		d.dp.Verdict(p.ID, tcpwrap.Drop)
+		return
+	}
+	switch {
+	case d.engine != nil && d.engine.Owns(s.Tuple):
+		d.engine.Packet(now, p.ID, &s)
+	case d.machine != nil:
+		dying := p.Dir == tcpwrap.Outbound && s.Flags&(tcpwrap.FIN|tcpwrap.RST) != 0 && d.dying()
+		d.machine.Packet(now, p.ID, &s, dying)
+	default:
+		d.dp.Verdict(p.ID, tcpwrap.Drop)
+	}
+}
+
+// carryOut does what the machines want done. The caller holds mu.
+func (d *driver) carryOut() {
+	if d.machine != nil {
+		d.perform(&d.machine.Ready)
+	}
+	if d.engine != nil {
+		d.perform(&d.engine.Ready)
+	}
+}
+
+func (d *driver) perform(r *tcpwrap.Ready) {
+	for i := range r.Records {
+		if err := d.writer.Append(r.Records[i].Pos, r.Records[i].Record); err != nil {
+			// A record that is not in the log breaks every promise behind it.
+			d.log.Error("append to the log: nothing passes any more", "err", err)
+			d.machine.Stop()
+			go d.failed(err)
+			break
+		}
+	}
+	for i := range r.Segments {
+		d.send(&r.Segments[i])
+	}
+	for _, v := range r.Verdicts {
+		d.dp.Verdict(v.ID, v.Verdict)
+	}
+	r.Reset()
+	if d.writer != nil && d.machine != nil {
+		_, waiting := d.writer.Backlog()
+		if d.congested != (waiting > congestedAt) && (!d.congested || waiting < calmAt) {
+			d.congested = !d.congested
+			d.machine.Congested(d.congested)
+		}
+	}
+}
+
+func (d *driver) send(o *tcpwrap.Outgoing) {
+	d.buf = tcpwrap.AppendOutgoing(d.buf[:0], o)
+	send := d.dp.SendOut
+	if o.Up {
+		send = d.dp.SendUp
+	}
+	if err := send(d.buf); err != nil {
+		d.log.Debug("send a segment", "conn", o.Tuple, "up", o.Up, "err", err)
+	}
+}
+
+// stable is the log's notice; it comes from the writer's goroutine.
+func (d *driver) stable(p stream.Position) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.machine == nil {
+		return
+	}
+	d.machine.Stable(time.Now(), p)
+	d.carryOut()
+	if err := d.dp.Flush(); err != nil {
+		d.log.Error("give verdicts", "err", err)
+	}
+}
+
+func (d *driver) tick() {
+	defer d.done.Done()
+	t := time.NewTicker(tickEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-d.stop:
+			return
+		case now := <-t.C:
+			d.mu.Lock()
+			if d.engine != nil {
+				d.engine.Tick(now)
+				if cuts := d.engine.Joined(); len(cuts) > 0 && d.machine != nil {
+					d.machine.Adopt(cuts)
+				}
+			}
+			if d.machine != nil {
+				d.machine.Tick()
+			}
+			d.carryOut()
+			if err := d.dp.Flush(); err != nil {
+				d.log.Error("give verdicts", "err", err)
+			}
+			d.mu.Unlock()
+		}
+	}
+}
+
+// protectWith hands the connections to a machine whose log is w.
+func (d *driver) protectWith(m *tcpwrap.Machine, w *stream.Writer) {
+	d.with(func() { d.machine, d.writer = m, w })
+}

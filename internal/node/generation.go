@@ -1,0 +1,276 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/ftckpt/ftckpt/checkpoint"
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+// dumpTimeout bounds how long clients wait for a dump that does not come to an
+// end; CRIU then lets go of the server and the generation has failed.
+const dumpTimeout = 60 * time.Second
+
+// taken is a generation that this primary took, or was restored from.
+type taken struct {
+	gen      stream.Generation
+	manifest checkpoint.Manifest
+	at       time.Time
+}
+
+// south is what the wrappers put into a manifest.
+type south struct {
+	NextConn stream.ConnID `json:"next_conn"`
+	// AgeMS is the time from the dump to the writing of the manifest: with it a
+	// standby knows how far the timestamp clocks in the image lie behind, however
+	// the two hosts' clocks differ.
+	AgeMS int64 `json:"age_ms"`
+}
+
+func parseSouth(b []byte) (south, error) {
+	var s south
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, fmt.Errorf("read the wrappers' part of the manifest: %w", err)
+	}
+	if s.AgeMS < 0 || s.AgeMS > int64(24*time.Hour/time.Millisecond) {
+		return s, fmt.Errorf("read the wrappers' part of the manifest: age %d ms", s.AgeMS)
+	}
+	return s, nil
+}
+
+// generation takes one and returns when it is stable, so that a standby can
+// begin with it. After an error the server runs on and nothing is held.
+func (p *primary) generation(ctx context.Context) (control.CheckpointResult, error) {
+	res, err := p.takeGeneration(ctx)
+	p.mu.Lock()
+	p.genErr = err
+	p.mu.Unlock()
+	if err == nil {
+		if gerr := p.collect(ctx); gerr != nil && ctx.Err() == nil {
+			p.log.Warn("collect garbage behind the new generation; the next one tries again", "err", gerr)
+		}
+	}
+	return res, err
+}
+
+func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult, error) {
+	var res control.CheckpointResult
+	if st := p.w.State(); st.Phase != stream.WriterOK {
+		return res, fmt.Errorf("the log is not available: %w", st.Err)
+	}
+	id := p.lastID + 1
+	dir := filepath.Join(p.dir, fmt.Sprintf("gen-%d", id))
+	if err := os.RemoveAll(dir); err != nil {
+		return res, fmt.Errorf("make room for generation %d: %w", id, err)
+	}
+	defer func() {
+		if err := os.RemoveAll(dir); err != nil {
+			p.log.Warn("remove an image", "err", err)
+		}
+	}()
+
+	m, err := p.dump(ctx, id, dir)
+	if err != nil {
+		return res, err
+	}
+	at := time.Now()
+	if m.Image, _, err = checkpoint.Upload(ctx, p.store, dir); err != nil {
+		return res, fmt.Errorf("upload generation %d: %w", id, err)
+	}
+	gen, err := p.publish(ctx, m, at)
+	if err != nil {
+		return res, err
+	}
+	p.mu.Lock()
+	p.lastID = id
+	p.gen = taken{gen, m, at}
+	p.kept = append(p.kept, p.gen)
+	if p.since.IsZero() {
+		p.since = time.Now()
+	}
+	p.mu.Unlock()
+	p.log.Debug("generation is stable", "generation", id, "connections", len(m.Conns), "pause_us", m.PauseUS, "bytes", m.ImageBytes)
+	return control.CheckpointResult{ID: id, Bytes: uint64(m.ImageBytes), PauseUS: m.PauseUS}, nil
+}
+
+// dump cuts through the connections: packets wait from just before the freeze
+// until the machine knows where each connection stands in the image.
+func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.Manifest, error) {
+	m := checkpoint.Manifest{ID: id, Service: p.svc.Name, Epoch: p.w.Epoch(), Created: time.Now()}
+	ctx, cancel := context.WithTimeout(ctx, dumpTimeout)
+	defer cancel()
+	var held time.Time
+	d, err := p.criu.Dump(ctx, checkpoint.DumpRequest{
+		PID: p.where.pid, InitPID: p.where.initPID, Dir: dir,
+		Hold: func() error {
+			held = time.Now()
+			p.drv.with(func() { m.Cut = p.drv.machine.Freeze() })
+			return nil
+		},
+	})
+	var socks []checkpoint.Socket
+	if err == nil {
+		socks, err = checkpoint.ReadSockets(dir)
+	}
+	p.drv.with(func() {
+		if err == nil {
+			m.Conns, m.From = adopt(p.drv.machine, p.svc, socks, m.Cut)
+		}
+		p.drv.machine.Thaw(time.Now())
+		south, _ := json.Marshal(south{NextConn: p.drv.machine.NextConn()})
+		m.South = south
+	})
+	if err != nil {
+		return m, fmt.Errorf("take generation %d: %w", id, err)
+	}
+	m.PauseUS, m.ImageBytes = time.Since(held).Microseconds(), d.Bytes
+	if m.Tree, err = checkpoint.ReadTree(dir); err != nil {
+		return m, fmt.Errorf("take generation %d: %w", id, err)
+	}
+	if m.Target, m.Files, err = checkpoint.CollectFacts(dir, p.where.pid, p.criu, &p.hasher); err != nil {
+		return m, fmt.Errorf("take generation %d: %w", id, err)
+	}
+	return m, nil
+}
+
+// adopt tells the machine where the image's connections stand.
+func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream.Position) (conns []checkpoint.ConnCut, from stream.Position) {
+	var cuts []tcpwrap.Cut
+	byTuple := map[stream.FourTuple]checkpoint.Socket{}
+	for _, s := range socks {
+		if carried(svc, s) {
+			cuts = append(cuts, cutOf(s))
+			byTuple[s.Tuple] = s
+		}
+	}
+	adopted, from := m.Adopt(cuts)
+	for _, c := range adopted {
+		conns = append(conns, byTuple[c.Tuple].Cut(c.Conn))
+	}
+	return conns, min(from, at)
+}
+
+// carried reports whether a socket of an image is a connection of the service
+// that a recovery brings back.
+func carried(svc service, s checkpoint.Socket) bool {
+	switch s.State {
+	case checkpoint.Established, checkpoint.FinWait1, checkpoint.FinWait2, checkpoint.CloseWait, checkpoint.LastAck, checkpoint.Closing:
+		return s.Stream && svc.owns(s.Tuple.Server)
+	}
+	return false
+}
+
+func cutOf(s checkpoint.Socket) tcpwrap.Cut {
+	clientFin := s.State == checkpoint.CloseWait || s.State == checkpoint.LastAck || s.State == checkpoint.Closing
+	serverFin := s.State == checkpoint.FinWait1 || s.State == checkpoint.FinWait2 || s.State == checkpoint.LastAck || s.State == checkpoint.Closing
+	return tcpwrap.Cut{
+		Tuple: s.Tuple, RcvNxt: s.RcvNxt, SndUna: s.SndUna, SndNxt: s.SndNxt, SndWnd: seqnum.Size(s.SndWnd),
+		SndWScale: s.SndWScale, RcvWScale: s.RcvWScale,
+		HasTS: s.Options&checkpoint.OptTimestamps != 0, ServerTS: s.Timestamp,
+		ClientFin: clientFin, ServerFin: serverFin,
+	}
+}
+
+// publish makes the generation count: manifest first, then its record.
+func (p *primary) publish(ctx context.Context, m checkpoint.Manifest, at time.Time) (stream.Generation, error) {
+	var gen stream.Generation
+	if err := p.stableTo(ctx, m.Cut); err != nil {
+		return gen, err
+	}
+	seq, ok := p.w.SeqOf(m.From)
+	if !ok {
+		return gen, fmt.Errorf("publish generation %d: no batch holds position %d", m.ID, m.From)
+	}
+	m.FromSeq = seq
+	var s south
+	_ = json.Unmarshal(m.South, &s) // our own
+	s.AgeMS = time.Since(at).Milliseconds() + m.PauseUS/1000
+	m.South, _ = json.Marshal(s)
+	b, err := m.Encode()
+	if err != nil {
+		return gen, err
+	}
+	h, err := p.store.PutBlob(ctx, b)
+	if err != nil {
+		return gen, fmt.Errorf("store manifest of generation %d: %w", m.ID, err)
+	}
+	gen = stream.Generation{ID: m.ID, Manifest: h, Cut: m.Cut, From: m.From, FromSeq: seq}
+	var pos stream.Position
+	p.drv.with(func() { pos = p.drv.machine.Append(gen) })
+	return gen, p.stableTo(ctx, pos)
+}
+
+// stableTo waits until the log is stable up to pos.
+func (p *primary) stableTo(ctx context.Context, pos stream.Position) error {
+	for p.w.Stable() < pos {
+		if err := p.w.Drain(ctx); err != nil {
+			return fmt.Errorf("wait for the log: %w", err)
+		}
+	}
+	return nil
+}
+
+// collect drops what no kept generation needs.
+func (p *primary) collect(ctx context.Context) error {
+	p.mu.Lock()
+	kept := append([]taken(nil), p.kept...)
+	p.mu.Unlock()
+	var gens []stream.Generation
+	manifests := map[stream.Hash]checkpoint.Manifest{}
+	for _, t := range kept {
+		gens = append(gens, t.gen)
+		manifests[t.gen.Manifest] = t.manifest
+	}
+	r := checkpoint.Retain(gens, nil, checkpoint.KeepGenerations)
+	if r.PurgeBefore > 0 {
+		if err := p.w.Purge(ctx, r.PurgeBefore); err != nil {
+			return fmt.Errorf("purge the log before %d: %w", r.PurgeBefore, err)
+		}
+	}
+	if live, ok := checkpoint.Live(r.Keep, manifests); ok && r.Collect {
+		if _, err := p.store.Collect(ctx, func(h stream.Hash) bool { return live[h] }); err != nil {
+			return fmt.Errorf("collect chunks: %w", err)
+		}
+	}
+	still := map[uint64]bool{}
+	for _, g := range r.Keep {
+		still[g.ID] = true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var rest []taken
+	for _, t := range p.kept {
+		if still[t.gen.ID] {
+			rest = append(rest, t)
+		}
+	}
+	p.kept = rest
+	return nil
+}
+
+// Checkpoint implements control.Handler.
+func (p *primary) Checkpoint(ctx context.Context) (control.CheckpointResult, error) {
+	answer := make(chan generationAnswer, 1)
+	select {
+	case p.wanted <- wanted{answer}:
+	case <-p.exited:
+		return control.CheckpointResult{}, errors.New("the server process is gone")
+	case <-ctx.Done():
+		return control.CheckpointResult{}, ctx.Err()
+	}
+	select {
+	case a := <-answer:
+		return a.res, a.err
+	case <-ctx.Done():
+		return control.CheckpointResult{}, ctx.Err()
+	}
+}

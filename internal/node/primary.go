@@ -1,0 +1,282 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/ftckpt/ftckpt/checkpoint"
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/ready"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+const (
+	beatEvery = 20 * time.Millisecond
+	// standbySilence is how long a standby may be silent before it no longer
+	// counts as one.
+	standbySilence = time.Second
+	// partingTime is how long the end of protection may wait for the log.
+	partingTime = 10 * time.Second
+	// retryAfter paces generations that fail, and the first one all the more.
+	retryAfter = 2 * time.Second
+)
+
+// primary protects a service on this host for one epoch. It is made by Protect
+// for a server that runs already, and by a takeover for one just restored.
+type primary struct {
+	log   *slog.Logger
+	out   io.Writer
+	node  string
+	svc   service
+	where place
+
+	lg    *stream.Log
+	w     *stream.Writer
+	store *stream.Store
+	drv   *driver
+	rules *tcpwrap.Rules
+	criu  checkpoint.Criu
+	dir   string // images
+	url   string // of the log, for people
+
+	hasher checkpoint.Hasher
+	server *stream.Server // embedded log, nil when it is elsewhere
+
+	nextConn stream.ConnID // identity of this epoch's first new connection
+	lastID   uint64        // number of the newest generation, whoever took it
+
+	exited <-chan struct{} // the server process is gone
+	ended  chan error      // the log or the queue ended
+	wanted chan wanted     // generations on request
+
+	mu       sync.Mutex
+	gen      taken
+	kept     []taken // newest last, gen included
+	genErr   error   // why the newest attempt failed
+	since    time.Time
+	standbys map[string]control.Standby
+	seen     map[string]time.Time
+	role     control.Role
+	takeover *control.Takeover
+	takes    int
+}
+
+// place is where the server runs.
+type place struct {
+	pid     int
+	initPID int    // the capsule's init, 0 when the server is not in one
+	netns   string // "" for this process's own
+	leave   func() error
+}
+
+// wanted is a request for a generation.
+type wanted struct {
+	answer chan<- generationAnswer
+}
+
+type generationAnswer struct {
+	res control.CheckpointResult
+	err error
+}
+
+// run protects until ctx ends (nil, the server goes on), this node is fenced
+// (exitcode.Fenced), or protection fails.
+func (p *primary) run(ctx context.Context) error {
+	p.w.OnEnd(func(err error) { p.end(err) })
+	if err := p.lg.StartBeacon(ctx, rolePrimary, p.node, beatEvery, p.beat); err != nil {
+		return fmt.Errorf("start heartbeat: %w", err)
+	}
+	if err := p.lg.WatchBeats(ctx, p.heard); err != nil {
+		return fmt.Errorf("listen for standbys: %w", err)
+	}
+	idle := p.generationsUntil(ctx)
+
+	select {
+	case <-ctx.Done():
+		<-idle // a dump under way is called off first; CRIU lets go of the server
+		return p.part()
+	case <-p.exited:
+		return p.serverGone()
+	case err := <-p.ended:
+		if errors.Is(err, stream.ErrFenced) {
+			return p.fenced()
+		}
+		// The south side has stopped; nothing of the service leaves. A standby
+		// takes over as for a dead host.
+		return p.failClosed(err)
+	}
+}
+
+// end tells run, once, that the log or the packet queue has ended.
+func (p *primary) end(err error) {
+	p.drv.with(func() { p.drv.machine.Stop() })
+	select {
+	case p.ended <- err:
+	default:
+	}
+}
+
+// generationsUntil takes the first generation at once, then one at each
+// interval and on request, in the background until ctx, the server or the log
+// ends; the channel it answers is closed when that has happened.
+func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		next := time.NewTimer(0)
+		defer next.Stop()
+		announced := false
+		for {
+			var answer chan<- generationAnswer
+			select {
+			case <-ctx.Done():
+				return
+			case <-p.exited:
+				return
+			case req := <-p.wanted:
+				answer = req.answer
+			case <-next.C:
+			}
+			res, err := p.generation(ctx)
+			if answer != nil {
+				answer <- generationAnswer{res, err}
+			}
+			pause := p.svc.Interval
+			switch {
+			case err == nil && !announced:
+				announced = true
+				if err := ready.Announce(p.out, "protected", fmt.Sprintf("protecting pid %d as %s", p.where.pid, p.svc.VIP)); err != nil {
+					p.log.Warn("announce readiness", "err", err)
+				}
+			case err != nil:
+				if ctx.Err() == nil && !errors.Is(err, stream.ErrFenced) {
+					p.log.Error("no new generation: the server runs on, protected by the one before", "err", err, "retry_in", retryAfter)
+				}
+				pause = max(retryAfter, min(pause, 4*retryAfter))
+			}
+			next.Reset(pause)
+			if pause == 0 { // only on request
+				next.Stop()
+			}
+		}
+	}()
+	return done
+}
+
+// part ends protection on purpose: the server and its connections go on.
+func (p *primary) part() error {
+	_ = ready.Stopping()
+	p.log.Info("ending protection; the server and its connections go on")
+	p.drv.with(func() { p.drv.machine.Append(stream.Goodbye{}) })
+	ctx, cancel := context.WithTimeout(context.Background(), partingTime)
+	defer cancel()
+	if err := p.w.Drain(ctx); err != nil {
+		if errors.Is(err, stream.ErrFenced) {
+			return p.fenced()
+		}
+		// Without the log nobody can tell whether a standby has taken over.
+		return p.failClosed(fmt.Errorf("end protection: the log does not answer, and a standby may have taken over: %w", err))
+	}
+	p.drv.with(func() { p.drv.machine.Detach() })
+	err := p.rules.Remove()
+	if cerr := p.drv.close(); err == nil {
+		err = cerr
+	}
+	_ = p.w.Close()
+	if err != nil {
+		return fmt.Errorf("end protection: %w", err)
+	}
+	return nil
+}
+
+// serverGone makes way for a standby after the server process has died on a
+// living host: the log says so at once, the address leaves this host, and
+// nothing of the dead server's sockets reaches a client.
+func (p *primary) serverGone() error {
+	died := time.Now()
+	p.log.Error("the server process is gone", "pid", p.where.pid, "event", "server-exit", "time", died.Format(time.RFC3339Nano))
+	p.drv.with(func() {
+		p.drv.machine.Stop()
+		p.drv.machine.Append(stream.ServerExit{})
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), partingTime)
+	defer cancel()
+	err := p.w.Drain(ctx)
+	if !errors.Is(err, stream.ErrFenced) && err != nil {
+		p.log.Warn("the log does not take the news; a standby will notice the silence", "err", err)
+	}
+	if len(p.liveStandbys()) == 0 && err == nil {
+		p.log.Error("no standby is there to take over; its clients will be reset when the address is removed or the rules are")
+	}
+	return p.leaveHost(exitcode.Errorf(exitcode.Failed, "the server process (pid %d) is gone; a standby takes over", p.where.pid))
+}
+
+// fenced is the end of a primary that another node has replaced.
+func (p *primary) fenced() error {
+	p.drv.with(func() { p.drv.machine.Stop() })
+	p.setRole(control.RoleFenced)
+	p.log.Error("fenced: another node is the primary; nothing of this server leaves any more", "epoch", p.w.Epoch())
+	return p.leaveHost(exitcode.Errorf(exitcode.Fenced, "fenced: another node has taken over epoch %d", p.w.Epoch()))
+}
+
+// leaveHost takes the service's address and sockets off this host, silently,
+// and only then the rules that kept it silent.
+func (p *primary) leaveHost(why error) error {
+	steps := []struct {
+		what string
+		do   func() error
+	}{
+		{"block the service", p.rules.Block},
+		{"remove the address", p.where.leave},
+		{"destroy the service's sockets", p.destroySockets},
+		{"remove the rules", p.rules.Remove},
+	}
+	for _, s := range steps {
+		if err := s.do(); err != nil {
+			// Whatever is left is left closed: rules that stay keep dropping.
+			p.log.Error("leave the host: "+s.what, "err", err)
+			break
+		}
+	}
+	_ = p.drv.close()
+	_ = p.w.Close()
+	return why
+}
+
+func (p *primary) destroySockets() error {
+	_, err := tcpwrap.DestroySockets(p.where.netns, p.svc.VIP.Addr(), p.svc.Ports)
+	return err
+}
+
+// failClosed leaves the rules in place: they drop everything of the service
+// until the next ftckpt protect of this service cleans up.
+func (p *primary) failClosed(err error) error {
+	p.drv.with(func() { p.drv.machine.Stop() })
+	if berr := p.rules.Block(); berr != nil {
+		p.log.Error("block the service", "err", berr)
+	}
+	_ = p.drv.close()
+	_ = p.w.Close()
+	return fmt.Errorf("%w; nothing of the service leaves this host until ftckpt protect is run again", err)
+}
+
+// hasVIP reports whether the tuple is one of the service's.
+func (s service) owns(server netip.AddrPort) bool {
+	if server.Addr() != s.VIP.Addr() {
+		return false
+	}
+	for _, port := range s.Ports {
+		if port == server.Port() {
+			return true
+		}
+	}
+	return false
+}

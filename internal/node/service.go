@@ -1,0 +1,82 @@
+package node
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// service is what a standby has to know in order to run it; it travels in the
+// Hello record at the beginning of every epoch.
+type service struct {
+	Name     string        `json:"name"`
+	VIP      netip.Prefix  `json:"vip"`
+	Ports    []uint16      `json:"ports"`
+	Dev      string        `json:"dev"`      // the primary's interface; the capsule's gets the same name
+	Interval time.Duration `json:"interval"` // between generations, ns
+}
+
+func (s service) hello() []byte {
+	b, err := json.Marshal(s)
+	if err != nil {
+		panic("encode service: " + err.Error()) // plain data always encodes
+	}
+	return b
+}
+
+// parseService reads a Hello without trust.
+func parseService(b []byte) (service, error) {
+	var s service
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, fmt.Errorf("read the service's description: %w", err)
+	}
+	switch {
+	case !s.VIP.IsValid(), len(s.Ports) == 0, len(s.Ports) > 64, s.Interval < 0:
+		return s, fmt.Errorf("read the service's description: incomplete (%s)", b)
+	case s.Dev == "" || len(s.Dev) > 15 || strings.ContainsAny(s.Dev, "/ \t\n%"):
+		return s, fmt.Errorf("read the service's description: interface name %q", s.Dev)
+	}
+	return s, nil
+}
+
+// nodeID is this installation's name among the nodes of a service: the host's
+// name and something of its own, kept in the state directory, since two hosts
+// may have one name.
+func nodeID(stateDir string) (string, error) {
+	file := filepath.Join(stateDir, "node")
+	b, err := os.ReadFile(file)
+	if err == nil && len(strings.TrimSpace(string(b))) > 0 {
+		return strings.TrimSpace(string(b)), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("read node id: %w", err)
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		host = "node"
+	}
+	host = strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' {
+			return r
+		}
+		return '-'
+	}, strings.ToLower(host))
+	var salt [4]byte
+	_, _ = rand.Read(salt[:]) // never fails (crypto/rand)
+	id := fmt.Sprintf("%.32s-%s", host, hex.EncodeToString(salt[:]))
+	if err := os.MkdirAll(stateDir, 0o700); err != nil {
+		return "", fmt.Errorf("make state directory: %w", err)
+	}
+	if err := os.WriteFile(file, []byte(id+"\n"), 0o600); err != nil {
+		return "", fmt.Errorf("keep node id: %w", err)
+	}
+	return id, nil
+}

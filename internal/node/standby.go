@@ -1,0 +1,403 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/ftckpt/ftckpt/checkpoint"
+	"github.com/ftckpt/ftckpt/internal/config"
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/ready"
+	"github.com/ftckpt/ftckpt/replay"
+	"github.com/ftckpt/ftckpt/replay/capsule"
+	"github.com/ftckpt/ftckpt/stream"
+)
+
+const (
+	rolePrimary = "primary"
+	roleStandby = "standby"
+
+	detectEvery = 5 * time.Millisecond
+	// reopenAfter paces a log that cannot be read.
+	reopenAfter = 500 * time.Millisecond
+)
+
+// standby follows a service's log until it takes over, and is then the
+// service's primary.
+type standby struct {
+	cfg    config.Standby
+	log    *slog.Logger
+	out    io.Writer
+	node   string
+	criu   checkpoint.Criu
+	hasher checkpoint.Hasher
+
+	srv   *stream.Server // embedded log; nil when it is elsewhere
+	url   string
+	lg    *stream.Log
+	store *stream.Store
+
+	capsule *capsule.Capsule
+
+	mu       sync.Mutex
+	ledger   *replay.Ledger
+	svc      service // from the newest Hello
+	known    bool
+	local    local // newest generation whose image is on this host
+	fetchErr error
+	detector *stream.Detector
+	watching string // node the detector listens to
+	heardAt  time.Time
+	primary  *primary // after the takeover
+	taking   bool
+
+	news   chan struct{} // a new generation is in the log
+	change chan struct{} // the ledger moved
+}
+
+// local is a generation that could be restored now.
+type local struct {
+	manifest checkpoint.Manifest
+	gen      stream.Generation
+	at       time.Time // when its record was read
+	dir      string
+}
+
+// Standby runs the standby, and the primary it may become, until ctx ends.
+func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.Logger) error {
+	s := &standby{
+		cfg: cfg, log: log, out: out, ledger: replay.NewLedger(),
+		news: make(chan struct{}, 1), change: make(chan struct{}, 1),
+	}
+	var err error
+	if s.node, err = nodeID(cfg.StateDir); err != nil {
+		return exitcode.Wrap(exitcode.Failed, err)
+	}
+	ctl, err := control.Listen(cfg.RunDir, cfg.Name, log)
+	if err != nil {
+		return err
+	}
+	defer ctl.Close()
+	if s.criu, err = checkpoint.Locate(ctx, ""); err != nil {
+		return exitcode.Wrap(exitcode.Unsuitable, err)
+	}
+	if err := s.openLog(ctx); err != nil {
+		return err
+	}
+	defer s.closeLog()
+	if err := capsule.CleanupStale(cfg.RunDir, cfg.Name); err != nil {
+		return fmt.Errorf("clean up what an earlier standby left: %w", err)
+	}
+	s.capsule, err = capsule.Start(ctx, capsule.Options{Name: cfg.Name, RunDir: cfg.RunDir, Dev: cfg.Dev, Log: log})
+	if err != nil {
+		return exitcode.Wrap(exitcode.Unsuitable, fmt.Errorf("make a capsule: %w", err))
+	}
+	defer func() { _ = s.capsule.Close() }()
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		if err := ctl.Serve(ctx, s); err != nil && ctx.Err() == nil {
+			log.Error("control socket", "err", err)
+		}
+	}()
+	if s.srv != nil {
+		if err := ready.Announce(out, "join: "+s.srv.JoinString(), "standing by for "+cfg.Name); err != nil {
+			return err
+		}
+	}
+	if err := s.lg.StartBeacon(ctx, roleStandby, s.node, 10*beatEvery, s.beat); err != nil {
+		return fmt.Errorf("start heartbeat: %w", err)
+	}
+	s.detector = stream.NewDetector(cfg.Detect, detectEvery)
+	if err := s.lg.WatchBeats(ctx, s.heard); err != nil {
+		return fmt.Errorf("listen for the primary: %w", err)
+	}
+	go s.follow(ctx)
+	go s.fetch(ctx)
+	log.Info("standing by", "service", cfg.Name, "node", s.node)
+	return s.watch(ctx)
+}
+
+func (s *standby) openLog(ctx context.Context) error {
+	c, embed, err := logConfig(s.cfg.Name, s.cfg.Join, s.cfg.Log)
+	if err != nil {
+		return err
+	}
+	if embed != "" {
+		s.srv, err = stream.StartServer(stream.ServerOptions{Listen: embed, StoreDir: filepath.Join(s.cfg.StateDir, "log")})
+		if err != nil {
+			return exitcode.Wrap(exitcode.Failed, fmt.Errorf("start the embedded log: %w", err))
+		}
+		c.Server = s.srv
+		s.url = "embed://" + s.srv.Addr()
+	}
+	if s.lg, err = stream.Open(ctx, c); err != nil {
+		return fmt.Errorf("open the log: %w", err)
+	}
+	if s.url == "" {
+		s.url = s.lg.URL()
+	}
+	s.store = s.lg.Store(stream.StoreOptions{})
+	return nil
+}
+
+func (s *standby) closeLog() {
+	if s.lg != nil {
+		_ = s.lg.Close()
+	}
+	if s.srv != nil {
+		s.srv.Shutdown()
+	}
+}
+
+// follow keeps the ledger up to date for as long as ctx lives.
+func (s *standby) follow(ctx context.Context) {
+	from := stream.StreamSeq(0)
+	for ctx.Err() == nil {
+		err := s.followFrom(ctx, from)
+		if ctx.Err() != nil {
+			return
+		}
+		s.log.Error("the log cannot be followed; beginning again at the newest generation", "err", err)
+		s.mu.Lock()
+		s.ledger, s.known = replay.NewLedger(), false
+		from = s.local.gen.FromSeq
+		if errors.Is(err, stream.ErrPurged) {
+			from = 0
+		}
+		s.mu.Unlock()
+		sleep(ctx, reopenAfter)
+	}
+}
+
+func (s *standby) followFrom(ctx context.Context, from stream.StreamSeq) error {
+	r, err := s.lg.NewReader(ctx, from)
+	if err != nil {
+		return fmt.Errorf("open reader: %w", err)
+	}
+	defer r.Close()
+	for {
+		e, err := r.Next(ctx)
+		if err != nil {
+			return err
+		}
+		s.apply(e)
+	}
+}
+
+func (s *standby) apply(e stream.Entry) {
+	s.mu.Lock()
+	s.ledger.Apply(time.Now(), e)
+	switch r := e.Rec.(type) {
+	case stream.Hello:
+		svc, err := parseService(r.Config)
+		if err != nil {
+			s.log.Error("this service cannot be taken over", "err", err)
+			break
+		}
+		s.svc, s.known = svc, true
+		notify(s.news)
+	case stream.Generation:
+		notify(s.news)
+	}
+	s.mu.Unlock()
+	notify(s.change)
+}
+
+// fetch brings each new generation's image to this host.
+func (s *standby) fetch(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.news:
+		}
+		for ctx.Err() == nil {
+			err := s.fetchNewest(ctx)
+			s.mu.Lock()
+			s.fetchErr = err
+			s.mu.Unlock()
+			if err == nil {
+				break
+			}
+			s.log.Warn("cannot bring the newest generation here; trying again", "err", err)
+			sleep(ctx, reopenAfter)
+		}
+	}
+}
+
+func (s *standby) fetchNewest(ctx context.Context) error {
+	s.mu.Lock()
+	gen, at, svc, known, have, taking := s.ledger.Gen, s.ledger.GenAt, s.svc, s.known, s.local.gen.ID, s.taking
+	s.mu.Unlock()
+	if taking {
+		return nil
+	}
+	if known && s.capsule.VIP() != svc.VIP {
+		if err := s.capsule.PrepareVIP(svc.VIP); err != nil {
+			return fmt.Errorf("prepare the service's address %s in the capsule: %w", svc.VIP, err)
+		}
+	}
+	if gen.ID == 0 || gen.ID == have {
+		return nil
+	}
+	b, err := s.store.Get(ctx, gen.Manifest)
+	if err != nil {
+		return fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
+	}
+	m, err := checkpoint.DecodeManifest(b)
+	if err != nil {
+		return fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
+	}
+	if err := checkpoint.VerifyFiles(m.Files, "/", &s.hasher); err != nil {
+		return fmt.Errorf("generation %d cannot be restored on this host: %w", gen.ID, err)
+	}
+	dir := filepath.Join(s.images(), fmt.Sprintf("gen-%d", gen.ID))
+	s.mu.Lock()
+	before := s.local
+	s.mu.Unlock()
+	if err := os.RemoveAll(dir); err != nil { // of a standby that was killed
+		return fmt.Errorf("make room for generation %d: %w", gen.ID, err)
+	}
+	var prev *checkpoint.Local
+	if before.dir != "" {
+		prev = &checkpoint.Local{Dir: before.dir, Image: before.manifest.Image}
+	}
+	if _, err := checkpoint.Download(ctx, s.store, m.Image, dir, prev); err != nil {
+		return fmt.Errorf("bring generation %d here: %w", gen.ID, err)
+	}
+	tuples := map[stream.ConnID]stream.FourTuple{}
+	for _, c := range m.Conns {
+		tuples[c.Conn] = c.Tuple
+	}
+	s.mu.Lock()
+	if !s.taking {
+		s.local = local{manifest: m, gen: gen, at: at, dir: dir}
+		s.ledger.Introduce(gen, tuples)
+	}
+	s.mu.Unlock()
+	s.removeImagesBut(dir, before.dir)
+	s.log.Debug("generation is here", "generation", gen.ID, "bytes", m.ImageBytes)
+	return nil
+}
+
+func (s *standby) images() string { return filepath.Join(s.cfg.StateDir, "images", s.cfg.Name) }
+
+// removeImagesBut drops all images but the newest two.
+func (s *standby) removeImagesBut(keep ...string) {
+	removeAllBut(s.log, s.images(), keep...)
+}
+
+// heard is called for every heartbeat.
+func (s *standby) heard(b stream.Beat) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.primary != nil {
+		return
+	}
+	if b.Role == rolePrimary && b.Node == s.ledger.Fence.Node {
+		if s.watching != b.Node {
+			s.watching = b.Node
+			s.detector = stream.NewDetector(s.cfg.Detect, detectEvery)
+		}
+		s.detector.Observe(b.At)
+		s.heardAt = b.At
+	}
+}
+
+// watch waits for a reason to take over.
+func (s *standby) watch(ctx context.Context) error {
+	t := time.NewTicker(detectEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.capsule.Done():
+			return exitcode.Errorf(exitcode.Failed, "the capsule's init has ended; run ftckpt standby again")
+		case <-t.C:
+		case <-s.change:
+		}
+		why, since := s.reason(time.Now())
+		if why == "" {
+			continue
+		}
+		err := s.takeOver(ctx, why, since)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, errStillPrimary):
+			s.log.Info("another node is the primary already; following it", "err", err)
+		default:
+			return err
+		}
+	}
+}
+
+// reason says why this node should take over now, and since when the primary
+// has been silent; "" when it should not.
+func (s *standby) reason(now time.Time) (why string, since time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.local.gen.ID == 0 || !s.known || s.ledger.Released || s.ledger.Fence.Epoch == 0 {
+		return "", now
+	}
+	if s.ledger.Exited {
+		return "the server process has died", now
+	}
+	if suspect, silence := s.detector.Tick(now); suspect {
+		return fmt.Sprintf("no heartbeat of the primary for %v", silence.Round(time.Millisecond)), now.Add(-silence)
+	}
+	return "", now
+}
+
+func removeAllBut(log *slog.Logger, dir string, keep ...string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if !strings.HasPrefix(e.Name(), "gen-") || contains(keep, path) {
+			continue
+		}
+		if err := os.RemoveAll(path); err != nil {
+			log.Warn("remove an old image", "err", err)
+		}
+	}
+}
+
+func contains(list []string, s string) bool {
+	for _, x := range list {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}

@@ -1,0 +1,397 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/ftckpt/ftckpt/checkpoint"
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/replay"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+const (
+	// fenceTime bounds one attempt to fence; a log that does not answer is no
+	// reason to give up, so attempts are repeated.
+	fenceTime = 5 * time.Second
+	// quietTime is how long a replay may make no progress before the connections
+	// that have not caught up are given up.
+	quietTime = 5 * time.Second
+	// clockMargin, in the milliseconds of Linux's timestamp clock, is by how much
+	// a restored clock runs ahead of the estimate: the estimate is late by the
+	// time a record takes to get here, and a clock that goes back makes clients
+	// discard everything (PAWS, RFC 7323, 5).
+	clockMargin = 200
+
+	queueNumber = 77
+	packetMark  = 0x6674636b // "ftck"
+)
+
+// errStillPrimary says that there is nothing to take over.
+var errStillPrimary = errors.New("another node is the primary")
+
+// clock measures the steps of a takeover.
+type clock struct {
+	log   *slog.Logger
+	start time.Time // of the silence
+	last  time.Time
+	t     control.Takeover
+}
+
+func (c *clock) step(event string, to *float64, args ...any) {
+	now := time.Now()
+	*to = float64(now.Sub(c.last).Microseconds()) / 1000
+	c.last = now
+	c.log.Info(event, append([]any{"event", event, "ms", *to}, args...)...)
+}
+
+// takeOver makes this node the primary: fence, address, restore, roll forward,
+// live (architecture.md, "A takeover"). It returns errStillPrimary when another
+// node has won, and otherwise when the tenure that begins here ends.
+func (s *standby) takeOver(ctx context.Context, why string, since time.Time) error {
+	c := &clock{log: s.log, start: since, last: since}
+	c.step("suspect", &c.t.DetectMS, "why", why)
+
+	s.mu.Lock()
+	prev := s.ledger.Fence.Seq
+	s.taking = true
+	loc, svc := s.local, s.svc
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.taking = false
+		s.mu.Unlock()
+	}()
+
+	fctx, cancel := context.WithTimeout(ctx, fenceTime)
+	w, err := s.lg.AcquireIf(fctx, s.node, prev)
+	cancel()
+	switch {
+	case errors.Is(err, stream.ErrFenced):
+		return fmt.Errorf("%w: %w", errStillPrimary, err)
+	case err != nil:
+		s.log.Error("cannot fence the primary; trying again", "err", err)
+		return fmt.Errorf("%w, as far as can be told: %w", errStillPrimary, err)
+	}
+	c.step("fenced", &c.t.FenceMS, "epoch", w.Epoch())
+	p, err := s.becomePrimary(ctx, c, w, loc, svc)
+	if err != nil {
+		_ = w.Close()
+		// The old primary is fenced and this node cannot go on: clients are told
+		// nothing, so that another standby may still save them.
+		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("take over %s: %w", s.cfg.Name, err))
+	}
+	s.mu.Lock()
+	s.primary = p
+	s.mu.Unlock()
+	return p.run(ctx)
+}
+
+// recovery is one takeover under way.
+type recovery struct {
+	*standby
+	clock *clock
+	w     *stream.Writer
+	loc   local
+	svc   service
+
+	socks  []checkpoint.Socket
+	engine *replay.Engine
+	drv    *driver
+	rules  *tcpwrap.Rules
+}
+
+func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local, svc service) (*primary, error) {
+	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: svc}
+	if err := s.readUpTo(ctx, w.Fence().Seq); err != nil {
+		return nil, err
+	}
+	if err := r.plan(); err != nil {
+		return nil, err
+	}
+	if err := r.takeAddress(ctx); err != nil {
+		return nil, err
+	}
+	restored, err := r.restore(ctx)
+	if err != nil {
+		_ = r.drv.close()
+		return nil, err
+	}
+	if err := r.rollForward(ctx); err != nil {
+		_ = r.drv.close()
+		return nil, err
+	}
+	return r.goLive(restored)
+}
+
+// readUpTo waits until the ledger knows all that was logged before the fence.
+func (s *standby) readUpTo(ctx context.Context, fence stream.StreamSeq) error {
+	ctx, cancel := context.WithTimeout(ctx, fenceTime)
+	defer cancel()
+	for {
+		s.mu.Lock()
+		there := s.ledger.LastSeq >= fence
+		s.mu.Unlock()
+		if there {
+			return nil
+		}
+		select {
+		case <-s.change:
+		case <-time.After(detectEvery):
+		case <-ctx.Done():
+			return fmt.Errorf("read the log up to the fence: %w", ctx.Err())
+		}
+	}
+}
+
+// plan finds out where each connection of the image stands now, sets the
+// timestamp clocks of the image to go on from what clients have seen, and makes
+// the engine.
+func (r *recovery) plan() error {
+	var err error
+	if r.socks, err = checkpoint.ReadSockets(r.loc.dir); err != nil {
+		return fmt.Errorf("read generation %d: %w", r.loc.gen.ID, err)
+	}
+	m := r.loc.manifest
+	sth, err := parseSouth(m.South)
+	if err != nil {
+		return err
+	}
+	ids := map[uint32]stream.ConnID{}
+	for _, c := range m.Conns {
+		ids[c.Inode] = c.Conn
+	}
+	now := time.Now()
+	dumped := r.loc.at.Add(-time.Duration(sth.AgeMS) * time.Millisecond)
+	patches := map[uint32]checkpoint.SocketPatch{}
+	var survivors []replay.Survivor
+	r.mu.Lock()
+	for _, k := range r.socks {
+		id, ok := ids[k.Inode]
+		if !ok || !carried(r.svc, k) {
+			continue
+		}
+		sv := replay.Survivor{Cut: cutOf(k)}
+		sv.Cut.Conn = id
+		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
+		if ln := r.ledger.Line(id); ln != nil && ln.Known {
+			sv.State, sv.Known = ln.State, true
+			if ln.State.ServerTS != 0 {
+				seen := ln.State.ServerTS + uint32(now.Sub(ln.StateAt).Milliseconds())
+				ts = uint32(seqnum.Max(seqnum.Value(ts), seqnum.Value(seen)))
+			}
+		}
+		if sv.Cut.HasTS {
+			ts += clockMargin
+			sv.TS = ts
+			patches[k.Inode] = checkpoint.SocketPatch{Timestamp: &ts}
+		}
+		survivors = append(survivors, sv)
+	}
+	r.mu.Unlock()
+	if err := checkpoint.PatchSockets(r.loc.dir, patches); err != nil {
+		return fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
+	}
+	r.engine = replay.NewEngine(survivors)
+	return nil
+}
+
+// takeAddress makes clients' packets come here, where they wait: the address
+// moves before the restore, so that clients' retransmission timers do not back
+// off meanwhile.
+func (r *recovery) takeAddress(ctx context.Context) error {
+	if r.capsule.VIP() != r.svc.VIP {
+		if err := r.capsule.PrepareVIP(r.svc.VIP); err != nil {
+			return fmt.Errorf("prepare the service's address: %w", err)
+		}
+	}
+	q, err := tcpwrap.OpenNFQueue(tcpwrap.NFQueueOptions{NetNS: r.capsule.NetNS(), Queue: queueNumber, Mark: packetMark})
+	if err != nil {
+		return fmt.Errorf("open the packet queue in the capsule: %w", err)
+	}
+	r.rules = &tcpwrap.Rules{
+		Name: r.svc.Name, VIP: r.svc.VIP.Addr(), Ports: r.svc.Ports,
+		Queue: queueNumber, Mark: packetMark, NetNS: r.capsule.NetNS(),
+	}
+	r.drv = newDriver(q, r.log)
+	r.drv.engine = r.engine
+	if err := r.rules.Install(); err != nil {
+		_ = q.Close()
+		return fmt.Errorf("install packet rules in the capsule: %w", err)
+	}
+	r.drv.start()
+	if err := r.capsule.TakeVIP(); err != nil {
+		_ = r.drv.close()
+		return fmt.Errorf("take the address %s: %w", r.svc.VIP.Addr(), err)
+	}
+	if err := r.capsule.Announce(ctx); err != nil {
+		r.log.Warn("announce the address", "err", err)
+	}
+	r.clock.step("vip-taken", &r.clock.t.VIPMS, "vip", r.svc.VIP.String())
+	return nil
+}
+
+func (r *recovery) restore(ctx context.Context) (checkpoint.Restored, error) {
+	res, err := r.criu.Restore(ctx, checkpoint.RestoreRequest{Dir: r.loc.dir, InitPID: r.capsule.InitPID()})
+	if err != nil {
+		return res, fmt.Errorf("restore generation %d: %w", r.loc.gen.ID, err)
+	}
+	r.clock.step("restored", &r.clock.t.RestoreMS, "pid", res.PID, "generation", r.loc.gen.ID)
+	return res, nil
+}
+
+// rollForward feeds the log from the generation on and waits until every
+// connection has come as far as its client.
+func (r *recovery) rollForward(ctx context.Context) error {
+	r.drv.with(func() { r.engine.Start(time.Now()) })
+	fence := r.w.Fence().Seq
+	err := r.lg.ReadTo(ctx, r.loc.gen.FromSeq, fence, func(e stream.Entry) error {
+		if e.Rec == nil || e.Pos < r.loc.gen.From {
+			return nil
+		}
+		full := false
+		r.drv.with(func() {
+			r.engine.Feed(time.Now(), e.Rec)
+			full = r.engine.Full()
+		})
+		if full {
+			return r.progress(ctx, func() bool { return !r.engine.Full() })
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("replay the log from %d: %w", r.loc.gen.FromSeq, err)
+	}
+	r.drv.with(func() { r.engine.Fed(time.Now()) })
+	if err := r.progress(ctx, r.engine.Done); err != nil {
+		if !errors.Is(err, errNoProgress) {
+			return err
+		}
+		r.drv.with(func() {
+			for _, c := range r.engine.Condemn() {
+				r.clock.t.Resets++
+				r.log.Error("connection reset: its recovery cannot be exact", "conn", c.Tuple, "why", c.Why)
+			}
+		})
+	}
+	st := r.engineStats()
+	r.clock.step("replayed", &r.clock.t.ReplayMS,
+		"injected", st.Injected, "injected_bytes", st.InjectedBytes, "swallowed_bytes", st.SwallowedBytes, "resent", st.Resent, "kept", st.Kept)
+	return nil
+}
+
+func (r *recovery) engineStats() (st replay.Stats) {
+	r.drv.with(func() { st = r.engine.Stats() })
+	return st
+}
+
+var errNoProgress = errors.New("the replay makes no progress")
+
+// progress waits until done, as long as the replay moves.
+func (r *recovery) progress(ctx context.Context, done func() bool) error {
+	t := time.NewTicker(time.Millisecond)
+	defer t.Stop()
+	var last replay.Stats
+	moved := time.Now()
+	for {
+		var ok bool
+		var st replay.Stats
+		r.drv.with(func() { ok, st = done(), r.engine.Stats() })
+		if ok {
+			return nil
+		}
+		st.Resent = 0 // repeating oneself is no progress
+		if st != last {
+			last, moved = st, time.Now()
+		}
+		if time.Since(moved) > quietTime {
+			return errNoProgress
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// goLive hands the connections to a machine of the new epoch and lets them
+// speak.
+func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
+	watch, err := tcpwrap.WatchProc(res.PID)
+	if err != nil {
+		return nil, fmt.Errorf("watch the restored server: %w", err)
+	}
+	sth, err := parseSouth(r.loc.manifest.South)
+	if err != nil {
+		return nil, err
+	}
+	p := &primary{
+		log: r.log, out: r.out, node: r.node, svc: r.svc,
+		where: place{pid: res.PID, initPID: r.capsule.InitPID(), netns: r.capsule.NetNS(), leave: r.capsule.DropVIP},
+		lg:    r.lg, w: r.w, store: r.store, url: r.url, drv: r.drv, rules: r.rules, criu: r.criu,
+		dir:    filepath.Join(r.cfg.StateDir, "images", r.cfg.Name+"-primary"),
+		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
+		gen: taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
+		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
+		takes: 1, server: r.srv, lastID: r.loc.gen.ID,
+	}
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make image directory: %w", err)
+	}
+	r.w.OnStable(r.drv.stable)
+	r.drv.failed = p.end
+	r.drv.dying = watch.Dying
+	next := sth.NextConn
+	r.mu.Lock()
+	r.ledger.Lines(func(l *replay.Line) { next = max(next, l.Conn+1) })
+	orphans := r.ledger.Orphans(func(id stream.ConnID) bool { return r.survives(id) })
+	r.mu.Unlock()
+
+	m := tcpwrap.NewMachine(r.w.Next(), next, tcpwrap.DefaultLimits())
+	now := time.Now()
+	var live int
+	r.drv.with(func() {
+		cuts, waiting := r.engine.GoLive()
+		live = len(cuts) + r.engine.Remaining()
+		r.drv.machine, r.drv.writer = m, r.w
+		m.Append(stream.Hello{Config: r.svc.hello()})
+		m.Adopt(cuts)
+		for i := range waiting {
+			m.Packet(now, waiting[i].ID, &waiting[i].Segment, false)
+		}
+		for _, o := range orphans {
+			for _, at := range o.At {
+				m.Ready.Send(tcpwrap.Outgoing{Tuple: o.Tuple, Seq: at, Flags: tcpwrap.RST})
+			}
+		}
+	})
+	if err := r.drv.dp.Flush(); err != nil {
+		return nil, fmt.Errorf("go live: %w", err)
+	}
+	r.clock.t.Connections, r.clock.t.Resets = live, r.clock.t.Resets+len(orphans)
+	r.clock.t.TotalMS = float64(time.Since(r.clock.start).Microseconds()) / 1000
+	r.log.Info("live", "event", "live", "ms", r.clock.t.TotalMS, "connections", live, "resets", r.clock.t.Resets, "epoch", r.w.Epoch())
+	for _, o := range orphans {
+		r.log.Warn("connection reset: it is younger than the newest generation", "conn", o.Tuple)
+	}
+	p.takeover = &r.clock.t
+	return p, nil
+}
+
+func (r *recovery) survives(id stream.ConnID) bool {
+	for _, c := range r.loc.manifest.Conns {
+		if c.Conn == id {
+			return true
+		}
+	}
+	return false
+}
