@@ -22,6 +22,8 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+func crcOf(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
+
 // Batch is one message of the log's data subject.
 type Batch struct {
 	Epoch   Epoch
@@ -50,7 +52,7 @@ func sealBatch(buf []byte, h header) {
 	be.PutUint64(buf[24:], uint64(h.first))
 	be.PutUint32(buf[32:], h.count)
 	be.PutUint32(buf[36:], uint32(len(buf)-batchHeader))
-	be.PutUint32(buf[4:], crc32.Checksum(buf[8:], castagnoli))
+	be.PutUint32(buf[4:], crcOf(buf[8:]))
 }
 
 // checkMagic compares all but the version octet for identity.
@@ -75,7 +77,7 @@ func decodeHeader(b []byte) (header, error) {
 	if len(b) > MaxBatch {
 		return header{}, fmt.Errorf("%w batch: %d octets are more than %d", ErrCorrupt, len(b), MaxBatch)
 	}
-	if crc32.Checksum(b[8:], castagnoli) != be.Uint32(b[4:]) {
+	if crcOf(b[8:]) != be.Uint32(b[4:]) {
 		return header{}, fmt.Errorf("%w batch: checksum", ErrCorrupt)
 	}
 	h := header{
@@ -127,7 +129,7 @@ func appendFence(dst []byte, f Fence) []byte {
 	dst = append(dst, f.Nonce[:]...)
 	dst = be.AppendUint64(dst, uint64(f.At.UnixMicro()))
 	dst = append(append(dst, byte(len(f.Node))), f.Node...)
-	be.PutUint32(dst[start+4:], crc32.Checksum(dst[start+8:], castagnoli))
+	be.PutUint32(dst[start+4:], crcOf(dst[start+8:]))
 	return dst
 }
 
@@ -136,7 +138,7 @@ func decodeFence(b []byte, seq StreamSeq) (Fence, error) {
 	if err := checkMagic("fence", b, magicFence, fenceHeader); err != nil {
 		return Fence{}, err
 	}
-	if crc32.Checksum(b[8:], castagnoli) != be.Uint32(b[4:]) {
+	if crcOf(b[8:]) != be.Uint32(b[4:]) {
 		return Fence{}, fmt.Errorf("%w fence: checksum", ErrCorrupt)
 	}
 	c := cursor{b: b[8:]}

@@ -245,11 +245,15 @@ const apiTimeout = time.Second
 
 // request asks JetStream's API; what it answers is decoded into reply.
 func (c *conn) request(ctx context.Context, subject string, ask, reply any) error {
+	return c.requestIn(ctx, apiTimeout, subject, ask, reply)
+}
+
+func (c *conn) requestIn(ctx context.Context, timeout time.Duration, subject string, ask, reply any) error {
 	body, err := json.Marshal(ask)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	msg, err := c.nc.RequestWithContext(ctx, subject, body)
 	if err != nil {

@@ -80,7 +80,9 @@ func Open(ctx context.Context, cfg Config) (*Log, error) {
 // Close ends beacons, watches and the connection. Writers and Readers have
 // connections of their own and are closed on their own.
 func (l *Log) Close() error {
-	l.cancel()
+	l.mu.Lock()
+	l.cancel() // under the lock: no beacon or watch begins after it
+	l.mu.Unlock()
 	l.wg.Wait()
 	l.mu.Lock()
 	defer l.mu.Unlock()
