@@ -11,47 +11,76 @@ import (
 	"time"
 
 	"github.com/mdlayher/packet"
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
 // probes is how often Probe asks (PROBE_NUM of RFC 5227 section 1.1).
 const probes = 3
 
-// Announce tells everyone on iface's segment that addr is at iface's hardware
-// address: one round of gratuitous ARP (request and reply), or an unsolicited
-// neighbour advertisement. It does not look whether addr is configured. A
-// single round may be lost: callers repeat it.
-func Announce(iface string, addr netip.Addr) error {
+// Announcer tells everyone on a segment that an address is at an interface's
+// hardware address. It is for one goroutine.
+type Announcer struct {
+	what   string
+	conn   *packet.Conn
+	to     *packet.Addr
+	frames [][]byte
+}
+
+// NewAnnouncer builds what is to be said of addr on iface, which must be up. It
+// does not look whether addr is configured. Close takes the kernel some
+// milliseconds (an RCU grace period), New and Send do not.
+func NewAnnouncer(iface string, addr netip.Addr) (*Announcer, error) {
+	a := &Announcer{what: fmt.Sprintf("announce %v on %s", addr, iface)}
 	ifi, err := net.InterfaceByName(iface)
 	if err != nil {
-		return fmt.Errorf("announce %v on %s: %w", addr, iface, err)
+		return nil, fmt.Errorf("%s: %w", a.what, err)
 	}
-	var frames [][]byte
-	proto, dst := unix.ETH_P_ARP, broadcast
+	proto := unix.ETH_P_ARP
 	if addr.Is4() {
 		request, reply, err := GratuitousARP(ifi.HardwareAddr, addr)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		frames = [][]byte{request, reply}
+		a.frames, a.to = [][]byte{request, reply}, &packet.Addr{HardwareAddr: broadcast}
 	} else {
 		na, err := UnsolicitedNA(ifi.HardwareAddr, addr)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		frames, proto, dst = [][]byte{na}, unix.ETH_P_IPV6, allNodesMAC
+		a.frames, a.to, proto = [][]byte{na}, &packet.Addr{HardwareAddr: allNodesMAC}, unix.ETH_P_IPV6
 	}
-	conn, err := packet.Listen(ifi, packet.Raw, proto, nil)
-	if err != nil {
-		return fmt.Errorf("announce %v on %s: open packet socket (needs CAP_NET_RAW): %w", addr, iface, err)
+	if a.conn, err = packet.Listen(ifi, packet.Raw, proto, &packet.Config{Filter: nothing}); err != nil {
+		return nil, fmt.Errorf("%s: open packet socket (needs CAP_NET_RAW): %w", a.what, err)
 	}
-	defer conn.Close()
-	for _, f := range frames {
-		if _, err := conn.WriteTo(f, &packet.Addr{HardwareAddr: dst}); err != nil {
-			return fmt.Errorf("announce %v on %s: %w", addr, iface, err)
+	return a, nil
+}
+
+// nothing is the socket filter that lets nothing in.
+var nothing = []bpf.RawInstruction{{Op: unix.BPF_RET | unix.BPF_K}}
+
+// Send says it once: gratuitous ARP as request and as reply, or an unsolicited
+// neighbour advertisement. It may be lost: callers repeat it.
+func (a *Announcer) Send() error {
+	for _, f := range a.frames {
+		if _, err := a.conn.WriteTo(f, a.to); err != nil {
+			return fmt.Errorf("%s: %w", a.what, err)
 		}
 	}
 	return nil
+}
+
+// Close lets go of the socket.
+func (a *Announcer) Close() error { return a.conn.Close() }
+
+// Announce is one Send of an Announcer.
+func Announce(iface string, addr netip.Addr) error {
+	a, err := NewAnnouncer(iface, addr)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	return a.Send()
 }
 
 // Probe asks three times within timeout whether anybody on iface's segment has

@@ -381,6 +381,24 @@ func (c *Capsule) pids() ([]int, error) {
 	return pids, nil
 }
 
+// Empty reports whether PID 1 is alone: whether Close would kill nobody. Someone
+// who adopted the capsule asks before closing it.
+func (c *Capsule) Empty() (bool, error) {
+	processes, err := filepath.Glob(fmt.Sprintf("/proc/%d/root/proc/[0-9]*", c.pid))
+	if err != nil {
+		return false, err
+	}
+	if len(processes) == 0 {
+		select {
+		case <-c.done:
+			return true, nil
+		default:
+			return false, fmt.Errorf("look into capsule %s: its /proc cannot be read", c.opt.Name)
+		}
+	}
+	return len(processes) == 1, nil
+}
+
 // Release lets go of the capsule without ending it: if a process lives inside,
 // it goes on and keeps the address, and Adopt finds it; else it ends by itself.
 // Announcements stop.

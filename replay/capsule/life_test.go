@@ -136,6 +136,9 @@ func TestOccupiedCapsuleOutlivesItsAgent(t *testing.T) {
 	if c.InitPID() != id.PID {
 		t.Errorf("adopted %d, want %d", c.InitPID(), id.PID)
 	}
+	if empty, err := c.Empty(); empty || err != nil {
+		t.Errorf("with a service inside it is said to be empty: %v, %v", empty, err)
+	}
 	// It has an agent again, so it stays when it becomes empty.
 	pid, _ := sleeper(id.PID)
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
@@ -444,8 +447,8 @@ func TestInitReaps(t *testing.T) {
 		}
 	}
 	eventually(t, 5*time.Second, "only PID 1 is left", func() bool {
-		dirs, _ := filepath.Glob(fmt.Sprintf("/proc/%d/root/proc/[0-9]*", c.InitPID()))
-		return len(dirs) == 1
+		empty, err := c.Empty()
+		return empty && err == nil
 	})
 }
 

@@ -348,13 +348,18 @@ func (c *Capsule) Announce(ctx context.Context) error {
 	if c.closed || !c.taken {
 		return errors.New("announce the address: it is not taken")
 	}
-	round := func() error {
-		return c.Do(func() error { return l2.Announce(c.opt.VIPDev, vip.Addr()) })
-	}
-	if err := round(); err != nil {
+	c.announce.stop()
+	var a *l2.Announcer
+	err := c.Do(func() (err error) { a, err = l2.NewAnnouncer(c.opt.VIPDev, vip.Addr()); return err })
+	if err != nil {
 		return err
 	}
+	err = a.Send()
 	c.announce.start(ctx, func(ctx context.Context) {
+		defer a.Close() // here, because it is slow
+		if err != nil {
+			return
+		}
 		start := time.Now()
 		for _, after := range announceAgain {
 			t := time.NewTimer(time.Until(start.Add(after)))
@@ -364,12 +369,12 @@ func (c *Capsule) Announce(ctx context.Context) error {
 				return
 			case <-t.C:
 			}
-			if err := round(); err != nil {
+			if err := a.Send(); err != nil {
 				c.log().Warn("repeat the announcement of the address", "vip", vip, "err", err)
 			}
 		}
 	})
-	return nil
+	return err
 }
 
 // announcer runs at most one background announcement. Capsule.mu guards it.
@@ -379,7 +384,6 @@ type announcer struct {
 }
 
 func (a *announcer) start(ctx context.Context, fn func(context.Context)) {
-	a.stop()
 	ctx, a.cancel = context.WithCancel(ctx)
 	a.wg.Go(func() { fn(ctx) })
 }

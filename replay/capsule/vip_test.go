@@ -2,6 +2,7 @@ package capsule
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -101,6 +102,15 @@ func TestAddressMoves(t *testing.T) {
 	if _, used := l.probe(l.client, "c0", netip.MustParseAddr("10.77.0.77")); used {
 		t.Error("somebody has a free address")
 	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(20*time.Millisecond, cancel)
+	l.must(l.in(l.client, func() error {
+		if _, _, err := l2.Probe(ctx, "c0", netip.MustParseAddr("10.77.0.77"), time.Minute); !errors.Is(err, context.Canceled) {
+			t.Errorf("probe with an ended context: %v", err)
+		}
+		return nil
+	}))
 
 	l.must(c.DropVIP())
 	if links := linksIn(t, c.netns); !slices.Equal(links, []string{"lo"}) {
