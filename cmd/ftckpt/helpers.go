@@ -1,7 +1,13 @@
 package main
 
 import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
 	"github.com/ftckpt/ftckpt/internal/lab"
+	"github.com/ftckpt/ftckpt/internal/loadgen"
 	"github.com/ftckpt/ftckpt/replay/capsule"
 )
 
@@ -12,4 +18,10 @@ import (
 func becomeHelper() {
 	capsule.RunInit() // PID 1 of the place where a standby restores
 	lab.Hook()        // PID 1 of a host of the demo
+	if len(os.Args) > 1 && os.Args[1] == loadgen.Arg {
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+		code := loadgen.Main(ctx, os.Args[2:], os.Stdin, os.Stdout)
+		stop()
+		os.Exit(code)
+	}
 }

@@ -65,6 +65,7 @@ func logserver(ctx context.Context, cfg config.LogServer, out io.Writer, log *sl
 		return err
 	}
 	<-ctx.Done()
+	log.Info("log server stops")
 	if err := ready.Stopping(); err != nil {
 		log.Warn(err.Error())
 	}

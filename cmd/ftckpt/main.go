@@ -21,11 +21,6 @@ import (
 
 func main() {
 	becomeHelper()
-	// A reader of our output that went away (ftckpt protect | head) must not
-	// kill a daemon: its rules would stay and stall the server. A handler, not
-	// SIG_IGN: that one is inherited by what we start.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	// The first signal asks, the second one kills.
 	context.AfterFunc(ctx, stop)
@@ -175,6 +170,16 @@ func laterCmds() []*cobra.Command {
 		})
 	}
 	return cmds
+}
+
+// daemon runs one that stays in the foreground until it fails or is told to
+// end.
+func daemon[C any](ctx context.Context, serve func(context.Context, C, io.Writer, *slog.Logger) error, cfg C, out io.Writer, log *slog.Logger) error {
+	// A reader of our output that went away (ftckpt protect | head) must not
+	// kill a daemon: its rules would stay and stall the server. A handler, not
+	// SIG_IGN: that one is inherited by what we start.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	return ended(ctx, serve(ctx, cfg, out, log))
 }
 
 // ended tells a daemon's end on request from a failure: once ctx is over,

@@ -1,9 +1,6 @@
 package main
 
 import (
-	"context"
-	"io"
-	"log/slog"
 	"net"
 
 	"github.com/spf13/cobra"
@@ -47,11 +44,6 @@ SIGTERM ends the protection; the server and its connections live on.`,
 	}
 	cfg.Flags(cmd.Flags())
 	return cmd
-}
-
-// daemon runs one of the composition roots until it ends or is told to.
-func daemon[C any](ctx context.Context, root func(context.Context, C, io.Writer, *slog.Logger) error, cfg C, out io.Writer, log *slog.Logger) error {
-	return ended(ctx, root(ctx, cfg, out, log))
 }
 
 // haveDev says when this host has no interface of that name.
