@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"time"
 )
 
@@ -58,4 +59,12 @@ func Main(ctx context.Context, args []string, stdin io.Reader, stdout io.Writer)
 		return 1
 	}
 	return 0
+}
+
+// Hook turns the process into a load generator, and never returns, if it was
+// started as one: for TestMain and for main, as lab.Hook.
+func Hook() {
+	if len(os.Args) > 1 && os.Args[1] == Arg {
+		os.Exit(Main(context.Background(), os.Args[2:], os.Stdin, os.Stdout))
+	}
 }
