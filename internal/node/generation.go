@@ -34,6 +34,8 @@ type south struct {
 	// standby knows how far the timestamp clocks in the image lie behind, however
 	// the two hosts' clocks differ.
 	AgeMS int64 `json:"age_ms"`
+	// Service is the Hello of the epoch, which the log's collection does not keep.
+	Service json.RawMessage `json:"service"`
 }
 
 func parseSouth(b []byte) (south, error) {
@@ -46,6 +48,9 @@ func parseSouth(b []byte) (south, error) {
 	}
 	return s, nil
 }
+
+// service is the service that a manifest is of.
+func (s south) service() (service, error) { return parseService(s.Service) }
 
 // generation takes one and returns when it is stable, so that a standby can
 // begin with it. After an error the server runs on and nothing is held.
@@ -126,7 +131,7 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 			m.Conns, m.From = adopt(p.drv.machine, p.svc, socks, m.Cut)
 		}
 		p.drv.machine.Thaw(time.Now())
-		south, _ := json.Marshal(south{NextConn: p.drv.machine.NextConn()})
+		south, _ := json.Marshal(south{NextConn: p.drv.machine.NextConn(), Service: p.svc.hello()})
 		m.South = south
 	})
 	if err != nil {

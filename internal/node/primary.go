@@ -27,6 +27,8 @@ const (
 	partingTime = 10 * time.Second
 	// retryAfter paces generations that fail, and the first one all the more.
 	retryAfter = 2 * time.Second
+	// lookEvery is how often the machine is asked whether it wants a generation.
+	lookEvery = 500 * time.Millisecond
 )
 
 // primary protects a service on this host for one epoch. It is made by Protect
@@ -67,6 +69,7 @@ type primary struct {
 	role     control.Role
 	takeover *control.Takeover
 	takes    int
+	spared   bool // run has ended and the server lives on
 }
 
 // place is where the server runs.
@@ -133,6 +136,8 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 		defer close(done)
 		next := time.NewTimer(0)
 		defer next.Stop()
+		look := time.NewTicker(lookEvery)
+		defer look.Stop()
 		announced := false
 		for {
 			var answer chan<- generationAnswer
@@ -144,6 +149,11 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 			case req := <-p.wanted:
 				answer = req.answer
 			case <-next.C:
+			case <-look.C:
+				if !p.wantsGeneration() {
+					continue
+				}
+				p.log.Warn("connections wait for a generation before they can be protected: taking one now")
 			}
 			res, err := p.generation(ctx)
 			if answer != nil {
@@ -171,6 +181,11 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 	return done
 }
 
+func (p *primary) wantsGeneration() (yes bool) {
+	p.drv.with(func() { yes = p.drv.machine.WantGeneration() })
+	return yes
+}
+
 // part ends protection on purpose: the server and its connections go on.
 func (p *primary) part() error {
 	_ = ready.Stopping()
@@ -191,6 +206,7 @@ func (p *primary) part() error {
 		err = cerr
 	}
 	_ = p.w.Close()
+	p.spared = true
 	if err != nil {
 		return fmt.Errorf("end protection: %w", err)
 	}
@@ -265,6 +281,7 @@ func (p *primary) failClosed(err error) error {
 	}
 	_ = p.drv.close()
 	_ = p.w.Close()
+	p.spared = true
 	return fmt.Errorf("%w; nothing of the service leaves this host until ftckpt protect is run again", err)
 }
 

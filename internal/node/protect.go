@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -67,17 +66,17 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		log: log, out: out, node: node, svc: svc,
 		where: place{pid: cfg.PID, leave: func() error { return removeVIP(cfg) }},
 		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), criu: criu,
-		dir:    filepath.Join(cfg.StateDir, "images", cfg.Name+"-primary"),
+		rules: &tcpwrap.Rules{
+			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Dev: svc.Dev, Mark: packetMark,
+		},
 		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
 		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
 	}
-	if err := os.RemoveAll(p.dir); err != nil { // of a primary that was killed
-		return fmt.Errorf("clean up images: %w", err)
+	if p.dir, err = imageDir(cfg.Common, cfg.Name+"-primary"); err != nil {
+		return err
 	}
-	if err := os.MkdirAll(p.dir, 0o700); err != nil {
-		return fmt.Errorf("make image directory: %w", err)
-	}
-	if err := p.claim(ctx, cfg, watch); err != nil {
+	defer os.RemoveAll(p.dir)
+	if err := p.claim(ctx, watch); err != nil {
 		return err
 	}
 	sctx, stop := context.WithCancel(ctx)
@@ -177,7 +176,7 @@ func openLog(ctx context.Context, cfg config.Protect) (*stream.Log, error) {
 
 // claim becomes the primary: fence first, then packet rules, then the first
 // record.
-func (p *primary) claim(ctx context.Context, cfg config.Protect, watch *tcpwrap.ProcWatch) error {
+func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch) error {
 	prev, err := p.mayClaim(ctx)
 	if err != nil {
 		return err
@@ -188,12 +187,12 @@ func (p *primary) claim(ctx context.Context, cfg config.Protect, watch *tcpwrap.
 		}
 		return fmt.Errorf("become the primary of %s: %w", p.svc.Name, err)
 	}
-	p.rules = &tcpwrap.Rules{Name: p.svc.Name, VIP: p.svc.VIP.Addr(), Ports: p.svc.Ports, Dev: p.svc.Dev, Queue: queueNumber, Mark: packetMark}
-	q, err := tcpwrap.OpenNFQueue(tcpwrap.NFQueueOptions{Queue: queueNumber, Mark: packetMark})
+	q, number, err := openQueue(p.where.netns, p.rules.Name)
 	if err != nil {
 		_ = p.w.Close()
-		return exitcode.Wrap(exitcode.Unsuitable, fmt.Errorf("open the packet queue: %w", err))
+		return exitcode.Wrap(exitcode.Unsuitable, err)
 	}
+	p.rules.Queue = number
 	p.drv = newDriver(q, p.log)
 	p.drv.dying, p.drv.failed = watch.Dying, p.end
 	p.w.OnStable(p.drv.stable)
@@ -231,50 +230,52 @@ func (p *primary) mayClaim(ctx context.Context) (prev stream.StreamSeq, err erro
 			return 0, exitcode.Errorf(exitcode.Fenced, "%s is served by node %s (epoch %d): this server is not the service any more", p.svc.Name, f.Node, f.Epoch)
 		}
 	}
-	return f.Seq, p.resume(ctx)
+	l, err := readLegacy(ctx, p.lg, p.store)
+	p.lastID, p.nextConn = l.gen.ID, l.nextConn
+	return f.Seq, err
 }
 
-// resume takes from the log what earlier epochs leave to this one: the number of
-// the newest generation, and the identities of connections that are used up.
-func (p *primary) resume(ctx context.Context) error {
-	st, err := p.lg.Status(ctx)
+// legacy is what earlier epochs leave in the log.
+type legacy struct {
+	gen      stream.Generation // newest; ID 0: none
+	south    south             // of its manifest
+	nextConn stream.ConnID     // identities below it are used up
+}
+
+// readLegacy reads the log that there is.
+func readLegacy(ctx context.Context, lg *stream.Log, store *stream.Store) (l legacy, err error) {
+	st, err := lg.Status(ctx)
 	if err != nil {
-		return fmt.Errorf("ask for the log's extent: %w", err)
+		return l, fmt.Errorf("ask for the log's extent: %w", err)
 	}
-	var newest stream.Generation
-	err = p.lg.ReadTo(ctx, st.First, st.Last, func(e stream.Entry) error {
+	err = lg.ReadTo(ctx, st.First, st.Last, func(e stream.Entry) error {
 		switch r := e.Rec.(type) {
 		case stream.Generation:
-			newest = r
+			l.gen = r
 		case stream.ConnOpen:
-			p.nextConn = max(p.nextConn, r.Conn+1)
+			l.nextConn = max(l.nextConn, r.Conn+1)
 		case stream.ConnState:
-			p.nextConn = max(p.nextConn, r.Conn+1)
+			l.nextConn = max(l.nextConn, r.Conn+1)
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("read the log of the epoch before: %w", err)
+		return l, fmt.Errorf("read the log of the epoch before: %w", err)
 	}
-	if p.lastID = newest.ID; newest.ID == 0 {
-		return nil
+	if l.gen.ID == 0 {
+		return l, nil
 	}
-	b, err := p.store.Get(ctx, newest.Manifest)
+	b, err := store.Get(ctx, l.gen.Manifest)
 	if err != nil {
-		// Nothing is restored from it: only its identities are of interest, and
-		// those of its idle connections are in no record.
-		return fmt.Errorf("read the manifest of generation %d: %w", newest.ID, err)
+		return l, fmt.Errorf("read the manifest of generation %d: %w", l.gen.ID, err)
 	}
 	m, err := checkpoint.DecodeManifest(b)
 	if err != nil {
-		return err
+		return l, err
 	}
-	sth, err := parseSouth(m.South)
-	if err != nil {
-		return err
-	}
-	p.nextConn = max(p.nextConn, sth.NextConn)
-	return nil
+	l.south, err = parseSouth(m.South)
+	l.nextConn = max(l.nextConn, l.south.NextConn) // idle connections are in no record
+	return l, err
 }
 
 // alive listens whether the primary of that name is there.

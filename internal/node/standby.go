@@ -47,11 +47,10 @@ type standby struct {
 	store *stream.Store
 
 	capsule *capsule.Capsule
+	images  string // directory
 
 	mu       sync.Mutex
 	ledger   *replay.Ledger
-	svc      service // from the newest Hello
-	known    bool
 	local    local // newest generation whose image is on this host
 	fetchErr error
 	detector *stream.Detector
@@ -70,6 +69,7 @@ type local struct {
 	gen      stream.Generation
 	at       time.Time // when its record was read
 	dir      string
+	svc      service
 }
 
 // Standby runs the standby, and the primary it may become, until ctx ends.
@@ -94,12 +94,13 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		return err
 	}
 	defer s.closeLog()
-	if err := capsule.CleanupStale(cfg.RunDir, cfg.Name); err != nil {
-		return fmt.Errorf("clean up what an earlier standby left: %w", err)
+	if s.images, err = imageDir(cfg.Common, cfg.Name); err != nil {
+		return err
 	}
-	s.capsule, err = capsule.Start(ctx, capsule.Options{Name: cfg.Name, RunDir: cfg.RunDir, Dev: cfg.Dev, Log: log})
+	defer os.RemoveAll(s.images)
+	left, err := s.openCapsule(ctx)
 	if err != nil {
-		return exitcode.Wrap(exitcode.Unsuitable, fmt.Errorf("make a capsule: %w", err))
+		return err
 	}
 	defer func() { _ = s.capsule.Close() }()
 
@@ -114,6 +115,9 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		if err := ready.Announce(out, "join: "+s.srv.JoinString(), "standing by for "+cfg.Name); err != nil {
 			return err
 		}
+	}
+	if left != nil {
+		return s.resume(ctx, left)
 	}
 	if err := s.lg.StartBeacon(ctx, roleStandby, s.node, 10*beatEvery, s.beat); err != nil {
 		return fmt.Errorf("start heartbeat: %w", err)
@@ -170,7 +174,7 @@ func (s *standby) follow(ctx context.Context) {
 		}
 		s.log.Error("the log cannot be followed; beginning again at the newest generation", "err", err)
 		s.mu.Lock()
-		s.ledger, s.known = replay.NewLedger(), false
+		s.ledger = replay.NewLedger()
 		from = s.local.gen.FromSeq
 		if errors.Is(err, stream.ErrPurged) {
 			from = 0
@@ -198,16 +202,7 @@ func (s *standby) followFrom(ctx context.Context, from stream.StreamSeq) error {
 func (s *standby) apply(e stream.Entry) {
 	s.mu.Lock()
 	s.ledger.Apply(time.Now(), e)
-	switch r := e.Rec.(type) {
-	case stream.Hello:
-		svc, err := parseService(r.Config)
-		if err != nil {
-			s.log.Error("this service cannot be taken over", "err", err)
-			break
-		}
-		s.svc, s.known = svc, true
-		notify(s.news)
-	case stream.Generation:
+	if _, ok := e.Rec.(stream.Generation); ok {
 		notify(s.news)
 	}
 	s.mu.Unlock()
@@ -238,17 +233,9 @@ func (s *standby) fetch(ctx context.Context) {
 
 func (s *standby) fetchNewest(ctx context.Context) error {
 	s.mu.Lock()
-	gen, at, svc, known, have, taking := s.ledger.Gen, s.ledger.GenAt, s.svc, s.known, s.local.gen.ID, s.taking
+	gen, at, have, taking := s.ledger.Gen, s.ledger.GenAt, s.local.gen.ID, s.taking
 	s.mu.Unlock()
-	if taking {
-		return nil
-	}
-	if known && s.capsule.VIP() != svc.VIP {
-		if err := s.capsule.PrepareVIP(svc.VIP); err != nil {
-			return fmt.Errorf("prepare the service's address %s in the capsule: %w", svc.VIP, err)
-		}
-	}
-	if gen.ID == 0 || gen.ID == have {
+	if taking || gen.ID == 0 || gen.ID == have {
 		return nil
 	}
 	b, err := s.store.Get(ctx, gen.Manifest)
@@ -259,10 +246,23 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
 	}
+	sth, err := parseSouth(m.South)
+	if err != nil {
+		return err
+	}
+	svc, err := sth.service()
+	if err != nil {
+		return fmt.Errorf("generation %d: %w", gen.ID, err)
+	}
+	if s.capsule.VIP() != svc.VIP {
+		if err := s.capsule.PrepareVIP(svc.VIP); err != nil {
+			return fmt.Errorf("prepare the service's address %s in the capsule: %w", svc.VIP, err)
+		}
+	}
 	if err := checkpoint.VerifyFiles(m.Files, "/", &s.hasher); err != nil {
 		return fmt.Errorf("generation %d cannot be restored on this host: %w", gen.ID, err)
 	}
-	dir := filepath.Join(s.images(), fmt.Sprintf("gen-%d", gen.ID))
+	dir := filepath.Join(s.images, fmt.Sprintf("gen-%d", gen.ID))
 	s.mu.Lock()
 	before := s.local
 	s.mu.Unlock()
@@ -282,20 +282,13 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	if !s.taking {
-		s.local = local{manifest: m, gen: gen, at: at, dir: dir}
+		s.local = local{manifest: m, gen: gen, at: at, dir: dir, svc: svc}
 		s.ledger.Introduce(gen, tuples)
 	}
 	s.mu.Unlock()
-	s.removeImagesBut(dir, before.dir)
+	removeAllBut(s.log, s.images, dir, before.dir)
 	s.log.Debug("generation is here", "generation", gen.ID, "bytes", m.ImageBytes)
 	return nil
-}
-
-func (s *standby) images() string { return filepath.Join(s.cfg.StateDir, "images", s.cfg.Name) }
-
-// removeImagesBut drops all images but the newest two.
-func (s *standby) removeImagesBut(keep ...string) {
-	removeAllBut(s.log, s.images(), keep...)
 }
 
 // heard is called for every heartbeat.
@@ -349,7 +342,7 @@ func (s *standby) watch(ctx context.Context) error {
 func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.local.gen.ID == 0 || !s.known || s.ledger.Released || s.ledger.Fence.Epoch == 0 {
+	if s.local.gen.ID == 0 || s.ledger.Released || s.ledger.Fence.Epoch == 0 {
 		return "", now
 	}
 	if s.ledger.Exited {

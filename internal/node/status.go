@@ -170,10 +170,8 @@ func (s *standby) Status() control.Status {
 	if s.taking {
 		st.Role = control.RoleTakingOver
 	}
-	if s.known {
-		st.VIP, st.Ports = s.svc.VIP.String(), s.svc.Ports
-	}
 	if s.local.gen.ID != 0 {
+		st.VIP, st.Ports = s.local.svc.VIP.String(), s.local.svc.Ports
 		st.Generation = control.Generation{
 			ID: s.local.gen.ID, AgeSeconds: time.Since(s.local.at).Seconds(),
 			Bytes: uint64(s.local.manifest.ImageBytes), PauseUS: s.local.manifest.PauseUS,

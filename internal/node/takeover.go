@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/ftckpt/ftckpt/checkpoint"
@@ -30,9 +29,6 @@ const (
 	// time a record takes to get here, and a clock that goes back makes clients
 	// discard everything (PAWS, RFC 7323, 5).
 	clockMargin = 200
-
-	queueNumber = 77
-	packetMark  = 0x6674636b // "ftck"
 )
 
 // errStillPrimary says that there is nothing to take over.
@@ -63,7 +59,7 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 	s.mu.Lock()
 	prev := s.ledger.Fence.Seq
 	s.taking = true
-	loc, svc := s.local, s.svc
+	loc := s.local
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
@@ -82,17 +78,27 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 		return fmt.Errorf("%w, as far as can be told: %w", errStillPrimary, err)
 	}
 	c.step("fenced", &c.t.FenceMS, "epoch", w.Epoch())
-	p, err := s.becomePrimary(ctx, c, w, loc, svc)
+	p, err := s.becomePrimary(ctx, c, w, loc)
 	if err != nil {
 		_ = w.Close()
 		// The old primary is fenced and this node cannot go on: clients are told
 		// nothing, so that another standby may still save them.
 		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("take over %s: %w", s.cfg.Name, err))
 	}
+	return s.reign(ctx, p)
+}
+
+// reign is this node's tenure as primary.
+func (s *standby) reign(ctx context.Context, p *primary) error {
 	s.mu.Lock()
 	s.primary = p
 	s.mu.Unlock()
-	return p.run(ctx)
+	err := p.run(ctx)
+	if p.spared {
+		s.capsule.Release() // it outlives us, with the server inside
+	}
+	_ = os.RemoveAll(p.dir)
+	return err
 }
 
 // recovery is one takeover under way.
@@ -109,8 +115,8 @@ type recovery struct {
 	rules  *tcpwrap.Rules
 }
 
-func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local, svc service) (*primary, error) {
-	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: svc}
+func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local) (*primary, error) {
+	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: loc.svc}
 	if err := s.readUpTo(ctx, w.Fence().Seq); err != nil {
 		return nil, err
 	}
@@ -213,14 +219,12 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 			return fmt.Errorf("prepare the service's address: %w", err)
 		}
 	}
-	q, err := tcpwrap.OpenNFQueue(tcpwrap.NFQueueOptions{NetNS: r.capsule.NetNS(), Queue: queueNumber, Mark: packetMark})
+	r.rules = capsuleRules(r.cfg, r.svc, r.capsule)
+	q, number, err := openQueue(r.rules.NetNS, r.rules.Name)
 	if err != nil {
-		return fmt.Errorf("open the packet queue in the capsule: %w", err)
+		return err
 	}
-	r.rules = &tcpwrap.Rules{
-		Name: r.svc.Name, VIP: r.svc.VIP.Addr(), Ports: r.svc.Ports,
-		Queue: queueNumber, Mark: packetMark, NetNS: r.capsule.NetNS(),
-	}
+	r.rules.Queue = number
 	r.drv = newDriver(q, r.log)
 	r.drv.engine = r.engine
 	if err := r.rules.Install(); err != nil {
@@ -336,16 +340,15 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	}
 	p := &primary{
 		log: r.log, out: r.out, node: r.node, svc: r.svc,
-		where: place{pid: res.PID, initPID: r.capsule.InitPID(), netns: r.capsule.NetNS(), leave: r.capsule.DropVIP},
+		where: inCapsule(res.PID, r.capsule),
 		lg:    r.lg, w: r.w, store: r.store, url: r.url, drv: r.drv, rules: r.rules, criu: r.criu,
-		dir:    filepath.Join(r.cfg.StateDir, "images", r.cfg.Name+"-primary"),
 		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
 		gen: taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
 		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
 		takes: 1, server: r.srv, lastID: r.loc.gen.ID,
 	}
-	if err := os.MkdirAll(p.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make image directory: %w", err)
+	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
+		return nil, err
 	}
 	r.w.OnStable(r.drv.stable)
 	r.drv.failed = p.end

@@ -1,0 +1,130 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/config"
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/replay/capsule"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+// resident is a service that lives in a capsule of this host although its agent
+// is gone: this node took it over and was then killed or stopped.
+type resident struct{ pid int }
+
+// openCapsule makes a capsule, or finds the one an earlier agent left with the
+// service still inside: that one is never ended by a mere restart.
+func (s *standby) openCapsule(ctx context.Context) (*resident, error) {
+	c, err := capsule.Adopt(s.cfg.RunDir, s.cfg.Name)
+	switch {
+	case err == nil:
+		empty, err := c.Empty()
+		if err != nil {
+			return nil, fmt.Errorf("look into the capsule an earlier agent left: %w", err)
+		}
+		if !empty {
+			pid, err := childOf(c.InitPID())
+			if err != nil {
+				return nil, fmt.Errorf("find the service in the capsule an earlier agent left: %w", err)
+			}
+			s.capsule = c
+			return &resident{pid}, nil
+		}
+		if err := c.Close(); err != nil {
+			return nil, fmt.Errorf("end the capsule an earlier agent left: %w", err)
+		}
+	case !errors.Is(err, capsule.ErrNoCapsule):
+		return nil, fmt.Errorf("look for a capsule an earlier agent left: %w", err)
+	}
+	if err := capsule.CleanupStale(s.cfg.RunDir, s.cfg.Name); err != nil {
+		return nil, fmt.Errorf("clean up what an earlier standby left: %w", err)
+	}
+	s.capsule, err = capsule.Start(ctx, capsule.Options{Name: s.cfg.Name, RunDir: s.cfg.RunDir, Dev: s.cfg.Dev, Log: s.log})
+	if err != nil {
+		return nil, exitcode.Wrap(exitcode.Unsuitable, fmt.Errorf("make a capsule: %w", err))
+	}
+	return nil, nil
+}
+
+// childOf finds the one child of a capsule's init: the root of the service.
+func childOf(init int) (int, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", init, init))
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(string(b))
+	if len(f) == 0 {
+		return 0, errors.New("init has no child")
+	}
+	return strconv.Atoi(f[0])
+}
+
+// resume protects the resident service as its primary again, if the log says
+// that this node still is the one.
+func (s *standby) resume(ctx context.Context, r *resident) error {
+	s.log.Info("the service lives in this host's capsule: protecting it again", "pid", r.pid)
+	svc, owner, err := s.inherited(ctx)
+	if err != nil {
+		s.capsule.Release()
+		return err
+	}
+	if owner.Node != s.node {
+		_ = s.capsule.Close() // its packets have had no way out since its agent ended
+		return exitcode.Errorf(exitcode.Fenced, "%s is served by node %s (epoch %d): the server left in this host's capsule was ended", svc.Name, owner.Node, owner.Epoch)
+	}
+	watch, err := tcpwrap.WatchProc(r.pid)
+	if err != nil {
+		return fmt.Errorf("watch pid %d: %w", r.pid, err)
+	}
+	defer watch.Close()
+	p := &primary{
+		log: s.log, out: s.out, node: s.node, svc: svc, where: inCapsule(r.pid, s.capsule),
+		lg: s.lg, store: s.store, url: s.url, criu: s.criu, server: s.srv,
+		rules:  capsuleRules(s.cfg, svc, s.capsule),
+		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
+		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
+	}
+	if p.dir, err = imageDir(s.cfg.Common, s.cfg.Name+"-primary"); err != nil {
+		return err
+	}
+	if err := p.claim(ctx, watch); err != nil {
+		s.capsule.Release()
+		return err
+	}
+	return s.reign(ctx, p)
+}
+
+// inherited reads the service's description and its primary from the log.
+func (s *standby) inherited(ctx context.Context) (svc service, owner stream.Fence, err error) {
+	if owner, err = s.lg.LastFence(ctx); err != nil {
+		return svc, owner, fmt.Errorf("read the newest fence: %w", err)
+	}
+	l, err := readLegacy(ctx, s.lg, s.store)
+	if err != nil {
+		return svc, owner, err
+	}
+	svc, err = l.south.service()
+	return svc, owner, err
+}
+
+func inCapsule(pid int, c *capsule.Capsule) place {
+	return place{pid: pid, initPID: c.InitPID(), netns: c.NetNS(), leave: c.DropVIP}
+}
+
+// capsuleRules are the rules of a service in a capsule, where the only device
+// besides lo is its own.
+func capsuleRules(cfg config.Standby, svc service, c *capsule.Capsule) *tcpwrap.Rules {
+	return &tcpwrap.Rules{
+		Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports,
+		Mark: packetMark, NetNS: c.NetNS(),
+	}
+}
