@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // Topology names the hosts of a lab.
@@ -54,6 +57,12 @@ func New(ctx context.Context, topo Topology, opt Options) (*Lab, error) {
 	}
 	if err := CleanupStale(); err != nil {
 		return nil, err
+	}
+	// What our own parent left open would pass to every process of every host:
+	// CRIU refuses descriptors of a foreign mount namespace, and a reader of
+	// our output would wait for a pipe that a host's process holds.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("build lab: keep descriptors from children: %w", err)
 	}
 	dir, err := makeDir()
 	if err != nil {

@@ -156,6 +156,30 @@ func TestCommandIsOnTheHost(t *testing.T) {
 	}
 }
 
+// A descriptor that our parent left open must not reach a service: CRIU could
+// not dump it.
+func TestServiceInheritsNothing(t *testing.T) {
+	fd, err := unix.Open("/dev/null", unix.O_RDONLY, 0) // without CLOEXEC
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	l, alice, _ := two(t)
+	p, err := alice.Start(Service{Name: "ls", Args: []string{"ls", "-l", "/proc/self/fd"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-p.Done()
+	out, err := os.ReadFile(p.OutFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// 0, 1, 2 and the directory itself, after the line of the total.
+	if n := strings.Count(string(out), "\n"); n != 5 {
+		t.Errorf("descriptors of a service (logs in %s):\n%s", l.LogDir(), out)
+	}
+}
+
 func TestServiceHasHighPIDAndLogs(t *testing.T) {
 	l, alice, _ := two(t)
 	p, err := alice.Start(Service{Name: "svc", Args: []string{"sh", "-c", "echo hello; echo oops >&2; exec sleep 1000"}, HighPID: true})
