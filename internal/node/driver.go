@@ -202,6 +202,10 @@ func (d *driver) tick() {
 				if cuts := d.engine.Joined(); len(cuts) > 0 && d.machine != nil {
 					d.machine.Adopt(cuts)
 				}
+				if d.machine != nil && d.engine.Remaining() == 0 {
+					d.perform(&d.engine.Ready)
+					d.engine = nil
+				}
 			}
 			if d.machine != nil {
 				d.machine.Tick()
