@@ -39,7 +39,8 @@ type DumpRequest struct {
 	// Dump returns, no packet may pass in either direction. An error makes the
 	// dump fail with it, the target untouched. May be nil.
 	Hold func() error
-	// Stop ends the target once its image is complete. Otherwise it goes on.
+	// Stop ends the target once its image is complete, without a word to its
+	// clients, and waits until it is reaped. Otherwise it goes on.
 	Stop bool
 }
 
@@ -54,7 +55,7 @@ type DumpResult struct {
 
 // Dump writes an image of a process tree. Errors are a *CriuError where CRIU
 // refused or failed; the target then runs on as if nothing had been. When ctx
-// ends, Dump still waits for CRIU to let go of the target, at most about 5 s.
+// ends, Dump still waits for CRIU to let go of the target, which takes milliseconds.
 // Dump may be called from several goroutines for different targets.
 func (c Criu) Dump(ctx context.Context, r DumpRequest) (DumpResult, error) {
 	var res DumpResult
@@ -63,6 +64,7 @@ func (c Criu) Dump(ctx context.Context, r DumpRequest) (DumpResult, error) {
 		return res, fmt.Errorf("dump pid %d: %w", r.PID, err)
 	}
 	res.ShellJob = foreignSession(tasks)
+	_ = c.Warm(ctx) // it works without, slower
 	if err := emptyDir(r.Dir); err != nil {
 		return res, fmt.Errorf("dump pid %d: %w", r.PID, err)
 	}
@@ -74,10 +76,11 @@ func (c Criu) Dump(ctx context.Context, r DumpRequest) (DumpResult, error) {
 	if err != nil {
 		return res, fmt.Errorf("dump pid %d: %w", r.PID, err)
 	}
-	s, err := startSwrk([]string{c.Path}, where, names)
+	s, err := startSwrk([]string{"/bin/sh", "-c", shield, "sh", c.Path}, where, names)
 	if err != nil {
 		return res, fmt.Errorf("dump pid %d: %w", r.PID, err)
 	}
+	s.spare()
 	opts := commonOptions(r.Dir, dumpLog)
 	opts.Pid = proto.Int32(int32(inner))
 	opts.LeaveRunning = proto.Bool(!r.Stop)
@@ -101,7 +104,31 @@ func (c Criu) Dump(ctx context.Context, r DumpRequest) (DumpResult, error) {
 	if err != nil {
 		return DumpResult{}, newCriuError("dump", r.Dir, dumpLog, err)
 	}
+	if r.Stop {
+		awaitGone(ctx, tasks)
+	}
 	return res, res.measure(r.Dir)
+}
+
+// awaitGone waits until the tree is ended and reaped, so that its process ids
+// are free, but not for ever: its parent may not care to reap.
+func awaitGone(ctx context.Context, tasks []Task) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for _, t := range tasks {
+		for {
+			if _, err := os.Stat(fmt.Sprintf("/proc/%d", t.PID)); err != nil {
+				break
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+		}
+	}
 }
 
 // commonOptions are the options of dump and restore that were found to work

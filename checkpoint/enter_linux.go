@@ -23,8 +23,8 @@ var nsFlags = []struct {
 	{"mnt", unix.CLONE_NEWNS},
 }
 
-// sameNS reports whether two processes share the namespace called name. Pids of
-// 0 mean the calling process.
+// sameNS reports whether two processes share the namespace called name. A pid of
+// 0 means the calling thread.
 func sameNS(a, b int, name string) (bool, error) {
 	la, err := os.Readlink(nsPath(a, name))
 	if err != nil {
@@ -39,7 +39,7 @@ func sameNS(a, b int, name string) (bool, error) {
 
 func nsPath(pid int, name string) string {
 	if pid == 0 {
-		return "/proc/self/ns/" + name
+		return "/proc/thread-self/ns/" + name
 	}
 	return fmt.Sprintf("/proc/%d/ns/%s", pid, name)
 }
@@ -49,16 +49,33 @@ func nsPath(pid int, name string) string {
 // because what setns(2) did to a thread's root directory cannot be undone.
 func startIn(pid int, names map[string]bool, cmd *exec.Cmd) error {
 	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	go onThrowawayThread(func() {
 		done <- func() error {
 			if err := enter(pid, names); err != nil {
 				return err
 			}
 			return cmd.Start()
 		}()
-	}()
+	})
 	return <-done
+}
+
+// onThrowawayThread runs f on a thread that ends with it. It must be called as a
+// goroutine. The main thread never ends, and /proc/self shows its namespaces as
+// those of the whole process, so it is kept away from f.
+func onThrowawayThread(f func()) {
+	runtime.LockOSThread()
+	if unix.Gettid() != unix.Getpid() {
+		f()
+		return // still locked, which ends the thread
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		onThrowawayThread(f)
+	}()
+	<-done
+	runtime.UnlockOSThread()
 }
 
 func enter(pid int, names map[string]bool) error {

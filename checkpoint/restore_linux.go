@@ -48,6 +48,7 @@ func (c Criu) Restore(ctx context.Context, r RestoreRequest) (Restored, error) {
 		return res, fmt.Errorf("restore: %w", err)
 	}
 	_ = os.Remove(filepath.Join(r.Dir, restoreLog)) // of an earlier try
+	_ = c.Warm(ctx)                                 // it works without, slower
 	argv := []string{c.Path}
 	where := os.Getpid()
 	if r.InitPID != 0 {

@@ -30,10 +30,16 @@ type swrk struct {
 // maxResponse is twice what CRIU itself allots to a message.
 const maxResponse = 16 << 10
 
-// cancelGrace is how long a cancelled dump may take to come to one of the points
-// where CRIU can be told to give up and heal its target. Killing it anywhere
-// else trusts the parasite in the target to heal itself.
-const cancelGrace = 5 * time.Second
+// cancelGrace is how long a CRIU that was told to give up may take. Killing it is
+// the last resort, for one that hangs: a target that is full of CRIU's parasite
+// code and whose sockets are in repair mode may not survive that.
+var cancelGrace = 30 * time.Second // a variable for tests
+
+// shield starts CRIU deaf to what a service manager or a terminal sends to a
+// whole group, and to the signals that would kill it where a system call's error
+// makes it heal its target: a write into a socket whose reader died, and one
+// beyond the file size limit, which is how giveUp stops it.
+const shield = `trap "" TERM INT HUP QUIT PIPE XFSZ; exec "$@"`
 
 // startSwrk starts criu with args in the named namespaces of pid.
 func startSwrk(argv []string, pid int, names map[string]bool) (*swrk, error) {
@@ -52,9 +58,8 @@ func startSwrk(argv []string, pid int, names map[string]bool) (*swrk, error) {
 	s.cmd = exec.Command(argv[0], append(argv[1:], "swrk", "3")...)
 	s.cmd.ExtraFiles = []*os.File{theirs}
 	s.cmd.Stderr = limitWriter{&s.stderr}
-	// A session of its own: a signal to our group (Ctrl-C) must not end a dump
-	// half-way, and its group is what we kill. No parent-death signal: if we
-	// die, CRIU finds the socket closed, heals the target and ends.
+	// Its group is what we kill. No parent-death signal: if we die, CRIU finds
+	// the socket closed, heals the target and ends.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	s.cmd.WaitDelay = 2 * time.Second // a restored process may hold stderr open
 	if err := startIn(pid, names, s.cmd); err != nil {
@@ -74,9 +79,20 @@ func (w limitWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// spare keeps the out-of-memory killer off CRIU: the target would go with it.
+func (s *swrk) spare() {
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", s.cmd.Process.Pid), []byte("-1000"), 0)
+}
+
+// giveUp makes a dump fail at CRIU's next write into an image file, whereupon it
+// heals the target and ends by itself.
+func (s *swrk) giveUp() {
+	_ = unix.Prlimit(s.cmd.Process.Pid, unix.RLIMIT_FSIZE, &unix.Rlimit{}, nil)
+}
+
 // run sends one request and answers CRIU's notifications with notify until the
 // response is there; then CRIU has ended. When ctx ends, the next notification is
-// refused, which makes CRIU undo what it did; after cancelGrace it is killed.
+// refused and the next write fails, which makes CRIU undo what it did.
 func (s *swrk) run(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOpts, notify func(script string, pid int32) error) error {
 	answered := make(chan struct{})
 	watched := make(chan struct{})
@@ -87,6 +103,7 @@ func (s *swrk) run(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOpts,
 			return
 		case <-ctx.Done():
 		}
+		s.giveUp()
 		t := time.NewTimer(cancelGrace)
 		defer t.Stop()
 		select {
@@ -135,6 +152,9 @@ func (s *swrk) converse(ctx context.Context, typ rpc.CriuReqType, opts *rpc.Criu
 			refused = context.Cause(ctx)
 		} else if refused == nil {
 			refused = notify(n.GetScript(), n.GetPid())
+			if refused == nil && ctx.Err() != nil {
+				refused = context.Cause(ctx)
+			}
 		}
 		req = &rpc.CriuReq{Type: rpc.CriuReqType_NOTIFY.Enum(), NotifySuccess: proto.Bool(refused == nil)}
 	}
