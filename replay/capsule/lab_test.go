@@ -165,6 +165,18 @@ func newLab(t *testing.T) *lab {
 	l.route(l.far, "10.88.0.1")
 	l.route(l.primary, "10.77.0.2")
 	l.route(l.stand, "10.77.0.2")
+
+	// A bridge port forwards only some time after its link went up.
+	for _, w := range []struct {
+		from *os.File
+		dev  string
+		to   string
+	}{{l.client, "c0", "10.77.0.1"}, {l.client, "c0", "10.77.0.3"}, {l.stand, "s0", "10.77.0.1"}, {l.far, "f0", "10.88.0.1"}} {
+		eventually(t, 10*time.Second, w.to+" answers "+w.dev, func() bool {
+			_, used := l.probe(w.from, w.dev, netip.MustParseAddr(w.to))
+			return used
+		})
+	}
 	return l
 }
 

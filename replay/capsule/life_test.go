@@ -546,15 +546,19 @@ func hostRole(dir string) error {
 		},
 		func() error { return c.Close() },
 		func() error {
-			left, _ := filepath.Glob("/proc/[0-9]*")
-			left = slices.DeleteFunc(left, func(p string) bool {
-				pid, _ := strconv.Atoi(filepath.Base(p))
-				return pid == 1 || !alive(pid)
-			})
-			if len(left) > 0 {
-				return fmt.Errorf("left behind: %v", left)
+			// nsenter sees the end of what it waited for a moment later.
+			var left []string
+			for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+				left, _ = filepath.Glob("/proc/[0-9]*")
+				left = slices.DeleteFunc(left, func(p string) bool {
+					pid, _ := strconv.Atoi(filepath.Base(p))
+					return pid == 1 || !alive(pid)
+				})
+				if len(left) == 0 {
+					return nil
+				}
 			}
-			return nil
+			return fmt.Errorf("left behind: %v", left)
 		},
 	}
 	for i, step := range steps {
