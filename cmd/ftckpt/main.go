@@ -93,6 +93,7 @@ process cannot be protected, 5 running but unprotected, 6 fenced.`,
 		a.logserverCmd(),
 		a.statusCmd(),
 		a.checkpointCmd(),
+		a.demoCmd(),
 		a.versionCmd(),
 	)
 	root.AddCommand(laterCmds()...)

@@ -48,6 +48,7 @@ const (
 	SyncInterval     = "interval"
 	FaultProcess     = "process"
 	FaultHost        = "host"
+	FaultLink        = "link"
 	LogAtStandby     = "standby"
 	LogAtLogHost     = "log"
 	LogFormatText    = "text"
@@ -107,7 +108,7 @@ type Demo struct {
 	Common
 	JSON        bool          // end with one summary object on standard output
 	Report      string        // file for the HTML page, "" for none
-	Fault       string        // FaultProcess or FaultHost
+	Fault       string        // FaultProcess, FaultHost or FaultLink
 	LogAt       string        // LogAtStandby or LogAtLogHost
 	Connections int           // long-lived client connections
 	Duration    time.Duration // of the load, the fault being in its middle

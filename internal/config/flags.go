@@ -67,7 +67,8 @@ func (d *Demo) Flags(fs *pflag.FlagSet) {
 	fs.BoolVar(&d.JSON, "json", false, "end with one summary object")
 	fs.StringVar(&d.Report, "report", "", "write a page of the run to `FILE.html`")
 	d.Fault = FaultHost
-	fs.Var(&choice{dst: &d.Fault, now: []string{FaultProcess, FaultHost}}, "fault", "kill the server's `process|host`")
+	fs.Var(&choice{dst: &d.Fault, now: []string{FaultProcess, FaultHost, FaultLink}}, "fault",
+		"`process|host|link`: kill the server, kill its host, or cut its host off while it runs on")
 	d.LogAt = LogAtStandby
 	fs.Var(&choice{dst: &d.LogAt, now: []string{LogAtStandby, LogAtLogHost}}, "log-at", "the log is on the `standby|log` host")
 	fs.IntVar(&d.Connections, "connections", 10, "`N` long-lived client connections")
