@@ -32,7 +32,7 @@ The string is a secret.`,
 			if err := a.origins.Explain(cfg.Validate()); err != nil {
 				return err
 			}
-			return daemon(cmd.Context(), logserver, cfg, a.stdout, a.log)
+			return daemon(cmd.Context(), a, logserver, cfg)
 		},
 	}
 	cfg.Flags(cmd.Flags())

@@ -39,7 +39,7 @@ SIGTERM ends the protection; the server and its connections live on.`,
 			if err := a.haveDev(cfg.Dev); err != nil {
 				return err
 			}
-			return daemon(cmd.Context(), node.Protect, cfg, a.stdout, a.log)
+			return daemon(cmd.Context(), a, node.Protect, cfg)
 		},
 	}
 	cfg.Flags(cmd.Flags())

@@ -37,7 +37,7 @@ either way: a primary that cannot reach it lets nothing out.`,
 			if err := a.haveDev(cfg.Dev); err != nil {
 				return err
 			}
-			return daemon(cmd.Context(), node.Standby, cfg, a.stdout, a.log)
+			return daemon(cmd.Context(), a, node.Standby, cfg)
 		},
 	}
 	cfg.Flags(cmd.Flags())
