@@ -175,12 +175,17 @@ func laterCmds() []*cobra.Command {
 
 // daemon runs one that stays in the foreground until it fails or is told to
 // end.
-func daemon[C any](ctx context.Context, serve func(context.Context, C, io.Writer, *slog.Logger) error, cfg C, out io.Writer, log *slog.Logger) error {
+func daemon[C any](ctx context.Context, a *app, serve func(context.Context, C, io.Writer, *slog.Logger) error, cfg C) error {
 	// A reader of our output that went away (ftckpt protect | head) must not
 	// kill a daemon: its rules would stay and stall the server. A handler, not
 	// SIG_IGN: that one is inherited by what we start.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	return ended(ctx, serve(ctx, cfg, out, log))
+	stop, err := a.profile()
+	if err != nil {
+		return err
+	}
+	defer stop()
+	return ended(ctx, serve(ctx, cfg, a.stdout, a.log))
 }
 
 // ended tells a daemon's end on request from a failure: once ctx is over,
