@@ -115,38 +115,36 @@ func Run(ctx context.Context, o Options, stdout, stderr io.Writer) (sum Summary,
 	say := func(format string, args ...any) {
 		fmt.Fprintf(stderr, "%6.1f s  %s\n", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
 	}
-	logDir, discard := o.LogDir, false
-	if logDir == "" {
-		if logDir, err = os.MkdirTemp("", "ftckpt-demo-"); err != nil {
-			return sum, fmt.Errorf("make log directory: %w", err)
-		}
-		discard = true
-	}
-	// CRIU opens the files of a restored process by name, as whoever it was.
-	if err := os.MkdirAll(logDir, 0o755); err != nil {
-		return sum, fmt.Errorf("make log directory: %w", err)
-	}
-	defer func() {
-		switch {
-		case !discard:
-		case err == nil || ctx.Err() != nil:
-			err = errors.Join(err, os.RemoveAll(logDir))
-		default:
-			err = fmt.Errorf("%w (logs: %s)", err, logDir)
-		}
-	}()
-
 	say("building a lab: client, primary, standby and log hosts")
-	s, err := buildStage(ctx, o.Binary, logDir)
+	s, err := buildStage(ctx, o.Binary, o.LogDir)
 	if err != nil {
 		return sum, err
 	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+	defer func() {
+		if err != nil && o.LogDir == "" && ctx.Err() == nil {
+			err = s.keepLogs(err)
+		}
+		err = errors.Join(err, s.Close())
+	}()
 	t, err := s.play(ctx, o, say)
 	if err != nil {
 		return sum, err
 	}
 	return t.Summary(), t.tell(o, stdout, stderr)
+}
+
+// keepLogs moves the logs out of the lab's directory and says so in why, the
+// reason that they are wanted.
+func (s *stage) keepLogs(why error) error {
+	dir, err := os.MkdirTemp("", "ftckpt-demo-")
+	if err != nil {
+		return errors.Join(why, fmt.Errorf("keep logs: %w", err))
+	}
+	dir = filepath.Join(dir, "log")
+	if err := os.Rename(s.LogDir(), dir); err != nil {
+		return errors.Join(why, fmt.Errorf("keep logs: %w", err))
+	}
+	return fmt.Errorf("%w (logs: %s)", why, dir)
 }
 
 // play is the demo from the server's start to the clients' end.

@@ -127,6 +127,7 @@ type Process struct {
 	cmd      *Cmd
 	pid      int
 	out, err string
+	from     int64 // where its own output begins in out
 	done     chan struct{}
 	exit     error // valid after done
 }
@@ -166,6 +167,11 @@ func (h *Host) Start(s Service) (*Process, error) {
 			defer f.Close()
 			files[i] = f
 		}
+		fi, err := files[0].Stat()
+		if err != nil {
+			return err
+		}
+		p.from = fi.Size()
 		p.cmd.Stdout, p.cmd.Stderr = files[0], files[1]
 		return p.cmd.Cmd.Start()
 	})
@@ -250,7 +256,7 @@ func (p *Process) WaitLine(ctx context.Context, match func(line string) bool) (s
 		if err != nil {
 			return "", fmt.Errorf("read output: %w", err)
 		}
-		for line := range bytes.Lines(b) {
+		for line := range bytes.Lines(b[min(p.from, int64(len(b))):]) {
 			text, whole := strings.CutSuffix(string(line), "\n")
 			if (whole || ended) && match(text) {
 				return text, nil

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -81,7 +83,10 @@ func obey(line string) error {
 		}
 		return os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(arg), 0)
 	case "stop":
-		return signalAll(unix.SIGSTOP)
+		if err := signalAll(unix.SIGSTOP); err != nil {
+			return err
+		}
+		return waitStopped()
 	case "continue":
 		return signalAll(unix.SIGCONT)
 	}
@@ -95,6 +100,45 @@ func signalAll(s syscall.Signal) error {
 		return fmt.Errorf("signal all processes: %w", err)
 	}
 	return nil
+}
+
+// stopTime bounds the wait for a process that is in the kernel to stop.
+const stopTime = 10 * time.Second
+
+// waitStopped waits until no thread of the host but ours can run: the signal
+// alone does not stop one that is on another processor just now.
+func waitStopped() error {
+	for deadline := time.Now().Add(stopTime); ; time.Sleep(time.Millisecond) {
+		running, err := runningThread()
+		if err != nil || running == "" {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("stop all processes: %s did not stop in %v", running, stopTime)
+		}
+	}
+}
+
+// runningThread names a thread of another process that is not stopped.
+func runningThread() (string, error) {
+	threads, err := filepath.Glob("/proc/[0-9]*/task/*/stat")
+	if err != nil {
+		return "", err
+	}
+	for _, file := range threads {
+		if strings.HasPrefix(file, "/proc/1/") {
+			continue
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		// The state follows the command, which may hold anything.
+		if i := strings.LastIndex(string(b), ") "); i >= 0 && !strings.ContainsRune("TtZX", rune(b[i+2])) {
+			return file, nil
+		}
+	}
+	return "", nil
 }
 
 // furnish gives the host's mount namespace what must be its own.

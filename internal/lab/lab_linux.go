@@ -70,7 +70,7 @@ func New(ctx context.Context, topo Topology, opt Options) (*Lab, error) {
 	}
 	l := &Lab{dir: dir, logDir: opt.LogDir, byName: map[string]*Host{}}
 	if l.logDir == "" {
-		l.logDir = filepath.Join(dir, "log")
+		l.logDir = filepath.Join(dir, "_log") // no host can have this name
 	}
 	if err := l.build(ctx, topo); err != nil {
 		return nil, errors.Join(fmt.Errorf("build lab: %w", err), l.Close())
@@ -82,7 +82,8 @@ func (l *Lab) build(ctx context.Context, topo Topology) (err error) {
 	if l.logDir, err = filepath.Abs(l.logDir); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(l.logDir, 0o755); err != nil {
+	// Not for everybody: daemons print secrets (a join string) there.
+	if err := os.MkdirAll(l.logDir, 0o700); err != nil {
 		return err
 	}
 	if l.sw, err = newSpace(ctx, l.dir, "switch"); err != nil {

@@ -194,6 +194,13 @@ func TestServiceHasHighPIDAndLogs(t *testing.T) {
 	if line, err := p.WaitLine(ctx, func(s string) bool { return strings.HasPrefix(s, "hel") }); err != nil || line != "hello" {
 		t.Errorf("WaitLine: %q, %v", line, err)
 	}
+	again, err := alice.Start(Service{Name: "svc", Args: []string{"echo", "other"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := again.WaitLine(ctx, func(s string) bool { return s == "hello" }); err == nil {
+		t.Error("WaitLine found a line of an earlier process of the same name")
+	}
 	if !strings.HasPrefix(p.OutFile(), l.LogDir()) {
 		t.Errorf("log is at %s", p.OutFile())
 	}
@@ -405,7 +412,7 @@ func TestPauseAndResume(t *testing.T) {
 func TestLoss(t *testing.T) {
 	_, alice, bob := two(t)
 	// arrive sends datagrams one way and counts those that come.
-	arrive := func(from, to *Host) (n int) {
+	arrive := func(from, to *Host, wait time.Duration) (n int) {
 		t.Helper()
 		var pc net.PacketConn
 		addr := net.JoinHostPort(to.Addr().String(), "9000")
@@ -423,12 +430,6 @@ func TestLoss(t *testing.T) {
 			if _, err := c.Write([]byte{byte(i)}); err != nil {
 				t.Fatal(err)
 			}
-			// On a veth what is not there at once never comes; the first may
-			// wait for ARP, which loss can delay for seconds.
-			wait := 5 * time.Millisecond
-			if n == 0 {
-				wait = time.Second
-			}
 			_ = pc.SetReadDeadline(time.Now().Add(wait))
 			if _, _, err := pc.ReadFrom(buf); err == nil {
 				n++
@@ -436,7 +437,7 @@ func TestLoss(t *testing.T) {
 		}
 		return n
 	}
-	if n := arrive(alice, bob); n != 400 {
+	if n := arrive(alice, bob, 5*time.Second); n != 400 {
 		t.Fatalf("%d of 400 arrived without loss", n)
 	}
 	if err := bob.Loss(30); err != nil {
@@ -444,14 +445,14 @@ func TestLoss(t *testing.T) {
 	}
 	// 280 are expected, with a standard deviation of 9.
 	for _, way := range [][2]*Host{{alice, bob}, {bob, alice}} {
-		if n := arrive(way[0], way[1]); n < 200 || n > 360 {
+		if n := arrive(way[0], way[1], 5*time.Millisecond); n < 200 || n > 360 {
 			t.Errorf("%d of 400 arrived from %s with 30%% loss, want about 280", n, way[0].Name())
 		}
 	}
 	if err := bob.Loss(0); err != nil {
 		t.Fatal(err)
 	}
-	if n := arrive(alice, bob); n != 400 {
+	if n := arrive(alice, bob, 5*time.Second); n != 400 {
 		t.Errorf("%d of 400 arrived after the loss ended", n)
 	}
 	if err := bob.Loss(101); err == nil {

@@ -22,15 +22,26 @@ func newMeter(id int, kind string, started time.Time, samples int) *meter {
 	return &meter{started: started, res: ConnResult{ID: id, Kind: kind, Samples: newSamples(samples)}}
 }
 
-// done notes n requests answered together, asked for (or, after a transfer,
-// waited for) since start.
+// done notes n requests answered together, asked for at start.
 func (m *meter) done(start time.Time, n int) {
 	took := time.Since(start)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.res.Requests += int64(n)
-	m.waited(start, took)
+	m.waited(start, took, true)
 	m.alive(start)
+}
+
+// noWait is what a part of a transfer takes that was in the kernel's buffer
+// already, or went there: it is no latency of the server's.
+const noWait = time.Millisecond
+
+// completed notes a transfer whose last part was waited for since start.
+func (m *meter) completed(start time.Time) {
+	m.received(start)
+	m.mu.Lock()
+	m.res.Requests++
+	m.mu.Unlock()
 }
 
 // received notes a part of a transfer, waited for since start.
@@ -38,7 +49,7 @@ func (m *meter) received(start time.Time) {
 	took := time.Since(start)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.waited(start, took)
+	m.waited(start, took, took > noWait)
 	m.alive(start)
 }
 
@@ -48,12 +59,14 @@ func (m *meter) sent(start time.Time) {
 	took := time.Since(start)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.waited(start, took)
+	m.waited(start, took, took > noWait)
 }
 
 // waited is called with mu held.
-func (m *meter) waited(start time.Time, took time.Duration) {
-	m.res.Samples.add(start.Sub(m.started).Microseconds(), took.Microseconds())
+func (m *meter) waited(start time.Time, took time.Duration, sample bool) {
+	if sample {
+		m.res.Samples.add(start.Sub(m.started).Microseconds(), took.Microseconds())
+	}
 	if us := took.Microseconds(); us > m.res.StallUS {
 		m.res.StallUS, m.res.StallAt = us, start.Round(0)
 	}

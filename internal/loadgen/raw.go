@@ -200,7 +200,7 @@ func (l *rawLane) upload(key string, p pattern, takes time.Duration) error {
 	if err := l.expect([]byte("+OK\r\n"), "upload"); err != nil {
 		return err
 	}
-	l.m.done(start, 1)
+	l.m.completed(start)
 	return nil
 }
 
@@ -236,6 +236,6 @@ func (l *rawLane) download(key string, p pattern, takes time.Duration) error {
 	if err := l.expect([]byte("\r\n"), "download"); err != nil {
 		return err
 	}
-	l.m.done(start, 1)
+	l.m.completed(start)
 	return nil
 }
