@@ -59,7 +59,7 @@ type DumpResult struct {
 // Dump may be called from several goroutines for different targets.
 func (c Criu) Dump(ctx context.Context, r DumpRequest) (DumpResult, error) {
 	var res DumpResult
-	tasks, err := procTree(r.PID)
+	tasks, err := ProcTree(r.PID)
 	if err != nil {
 		return res, fmt.Errorf("dump pid %d: %w", r.PID, err)
 	}

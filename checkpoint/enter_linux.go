@@ -4,9 +4,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/checkpoint/internal/nsthread"
 )
 
 // nsFlags maps the names under /proc/PID/ns to setns(2) flags, in the order in
@@ -45,37 +46,14 @@ func nsPath(pid int, name string) string {
 }
 
 // startIn starts cmd as a child in those of the named namespaces of pid that are
-// not ours. It enters them on a thread of its own and lets that thread die,
-// because what setns(2) did to a thread's root directory cannot be undone.
+// not ours.
 func startIn(pid int, names map[string]bool, cmd *exec.Cmd) error {
-	done := make(chan error, 1)
-	go onThrowawayThread(func() {
-		done <- func() error {
-			if err := enter(pid, names); err != nil {
-				return err
-			}
-			return cmd.Start()
-		}()
+	return nsthread.Run(func() error {
+		if err := enter(pid, names); err != nil {
+			return err
+		}
+		return cmd.Start()
 	})
-	return <-done
-}
-
-// onThrowawayThread runs f on a thread that ends with it. It must be called as a
-// goroutine. The main thread never ends, and /proc/self shows its namespaces as
-// those of the whole process, so it is kept away from f.
-func onThrowawayThread(f func()) {
-	runtime.LockOSThread()
-	if unix.Gettid() != unix.Getpid() {
-		f()
-		return // still locked, which ends the thread
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		onThrowawayThread(f)
-	}()
-	<-done
-	runtime.UnlockOSThread()
 }
 
 func enter(pid int, names map[string]bool) error {

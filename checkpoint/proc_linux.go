@@ -13,8 +13,9 @@ import (
 // ErrNoProcess says that a process does not exist.
 var ErrNoProcess = errors.New("no such process")
 
-// procTree lists root and its descendants with the ids we see.
-func procTree(root int) ([]Task, error) {
+// ProcTree lists a running process and its descendants with the ids we see. Errors:
+// ErrNoProcess.
+func ProcTree(root int) ([]Task, error) {
 	var tasks []Task
 	todo := []int{root}
 	for len(todo) > 0 {
@@ -112,9 +113,9 @@ func innerPID(pid int) (int, error) {
 	return strconv.Atoi(f[len(f)-1])
 }
 
-// outerPID finds the process with the given id in the PID namespace of init, or
-// in ours when init is 0.
-func outerPID(inner, init int) (int, error) {
+// OuterPID finds what we call the process with the given id in the PID namespace
+// of init, or in ours when init is 0. Errors: ErrNoProcess.
+func OuterPID(inner, init int) (int, error) {
 	if init == 0 {
 		return inner, nil
 	}

@@ -81,7 +81,7 @@ func (c Criu) Restore(ctx context.Context, r RestoreRequest) (Restored, error) {
 	if res.InnerPID == 0 {
 		res.InnerPID = tasks[0].PID
 	}
-	if res.PID, err = outerPID(res.InnerPID, r.InitPID); err != nil {
+	if res.PID, err = OuterPID(res.InnerPID, r.InitPID); err != nil {
 		return Restored{}, fmt.Errorf("restore: %w", err)
 	}
 	return res, nil
