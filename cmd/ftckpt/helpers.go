@@ -6,6 +6,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/ftckpt/ftckpt/checkpoint/check"
 	"github.com/ftckpt/ftckpt/internal/lab"
 	"github.com/ftckpt/ftckpt/internal/loadgen"
 	"github.com/ftckpt/ftckpt/replay/capsule"
@@ -16,6 +17,7 @@ import (
 // before anything else of the process is set up, take no settings and are in
 // no help.
 func becomeHelper() {
+	check.Main()      // the process that "ftckpt check" dumps and restores
 	capsule.RunInit() // PID 1 of the place where a standby restores
 	lab.Hook()        // PID 1 of a host of the demo
 	if len(os.Args) > 1 && os.Args[1] == loadgen.Arg {

@@ -88,6 +88,7 @@ process cannot be protected, 5 running but unprotected, 6 fenced.`,
 	})
 	a.common.Flags(root.PersistentFlags())
 	root.AddCommand(
+		a.checkCmd(),
 		a.protectCmd(),
 		a.standbyCmd(),
 		a.logserverCmd(),

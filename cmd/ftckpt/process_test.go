@@ -21,6 +21,7 @@ import (
 const beMain = "FTCKPT_TEST_BE_MAIN"
 
 func TestMain(m *testing.M) {
+	becomeHelper() // helpers are not given our environment
 	if os.Getenv(beMain) != "" {
 		main()
 	}
@@ -105,4 +106,15 @@ func TestHelperProcesses(t *testing.T) {
 			t.Errorf("%s: %v, %q; want exit status 2 and that it is internal", arg, err, out)
 		}
 	}
+}
+
+// status is the exit status of a finished process, -1 when it had none.
+func status(err error) int {
+	if err == nil {
+		return 0
+	}
+	if ee, ok := errors.AsType[*exec.ExitError](err); ok {
+		return ee.ExitCode()
+	}
+	return -1
 }
