@@ -205,36 +205,47 @@ func (a *attempt) publish(ctx context.Context, cur Fence) error {
 	return nil
 }
 
-// tail finds the last position before our fence, and the batch that holds it.
-//
-// The answer must not be one of a server that lags behind its cluster, so it
-// is checked: between that batch and our fence there may be nothing but
-// fences, each of which names the one before it.
+// tail finds the last position before our fence, and the batch that holds it,
+// stepping back message by message: over fences, each of which names the one
+// before it, and over what a fenced primary may have left, to the newest batch
+// that counts. A message that is not there where one must be means that the
+// server lags behind its cluster; a wrong first position would be worse than a
+// second try.
 func (a *attempt) tail(ctx context.Context) (Position, StreamSeq, error) {
-	l := a.l
-	m, err := a.conn.getMsg(ctx, l.names.logStream, map[string]any{"last_by_subj": l.names.data})
-	if err != nil && !errors.Is(err, ErrMissing) {
-		return 0, 0, fmt.Errorf("read newest batch: %w", err)
-	}
-	f := a.mine
-	for f.Prev != 0 && f.Prev == f.Seq-1 && m.Seq < f.Prev {
-		if f, err = l.fenceAt(ctx, a.conn, f.Prev); err != nil {
-			return 0, 0, err
+	l, f := a.l, a.mine
+	for seq := f.Seq - 1; seq > 0; seq-- {
+		if seq == f.Prev {
+			prev, err := l.fenceAt(ctx, a.conn, seq)
+			if err != nil {
+				return 0, 0, lagging(err)
+			}
+			f = prev
+			continue
+		}
+		m, err := a.conn.getMsg(ctx, l.names.logStream, map[string]any{"seq": seq})
+		if err != nil {
+			return 0, 0, lagging(fmt.Errorf("read newest batch %d: %w", seq, err))
+		}
+		if m.Subject != l.names.data {
+			return 0, 0, fmt.Errorf("read newest batch %d: %w log: a message of %s is there", seq, ErrCorrupt, m.Subject)
+		}
+		h, err := decodeHeader(m.Data)
+		if err != nil {
+			return 0, 0, fmt.Errorf("read newest batch %d: %w", seq, err)
+		}
+		switch inForce := f.Epoch - 1; {
+		case h.epoch == inForce:
+			return h.first + Position(h.count) - 1, seq, nil
+		case h.epoch > inForce:
+			return 0, 0, fmt.Errorf("read newest batch %d: %w log: epoch %d before the fence of %d", seq, ErrCorrupt, h.epoch, f.Epoch)
 		}
 	}
-	// f is now the oldest of the fences that follow the newest batch.
-	if m.Seq+1 != f.Seq {
-		return 0, 0, fmt.Errorf("read newest batch: found %d, expected %d: server lags", m.Seq, f.Seq-1)
+	return 0, 0, nil
+}
+
+func lagging(err error) error {
+	if errors.Is(err, ErrMissing) {
+		return fmt.Errorf("server lags behind, or the log was purged by hand: %w", err)
 	}
-	if m.Seq == 0 {
-		return 0, 0, nil
-	}
-	h, err := decodeHeader(m.Data)
-	if err != nil {
-		return 0, 0, fmt.Errorf("read newest batch %d: %w", m.Seq, err)
-	}
-	if h.epoch != f.Epoch-1 {
-		return 0, 0, fmt.Errorf("read newest batch %d: %w log: epoch %d before the fence of %d", m.Seq, ErrCorrupt, h.epoch, f.Epoch)
-	}
-	return h.first + Position(h.count) - 1, m.Seq, nil
+	return err
 }

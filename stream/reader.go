@@ -73,22 +73,32 @@ func (l *Log) NewReader(ctx context.Context, from StreamSeq) (*Reader, error) {
 // reading goes on where it stopped. Errors: ctx's, ErrClosed, ErrPurged,
 // ErrHole, ErrCorrupt, ErrVersion, ErrRefused; all but ctx's are final.
 func (r *Reader) Next(ctx context.Context) (Entry, error) {
+	e, _, err := r.nextUpTo(ctx, 1<<64-1)
+	return e, err
+}
+
+// nextUpTo is Next, unless the message to has been taken in and has nothing
+// more: then it answers false.
+func (r *Reader) nextUpTo(ctx context.Context, to StreamSeq) (Entry, bool, error) {
 	for {
 		if r.head < len(r.ready) {
 			e := r.ready[r.head]
 			r.ready[r.head] = Entry{} // the caller's alone from here on
 			r.head++
-			return e, nil
+			return e, true, nil
+		}
+		if r.want > to {
+			return Entry{}, false, nil
 		}
 		if r.err == nil && r.ctx.Err() != nil {
 			r.err = fmt.Errorf("read log: %w", ErrClosed)
 		}
 		if r.err != nil {
 			r.disconnect()
-			return Entry{}, r.err
+			return Entry{}, false, r.err
 		}
 		if err := ctx.Err(); err != nil {
-			return Entry{}, err
+			return Entry{}, false, err
 		}
 		if err := r.pull(ctx); err != nil {
 			r.err = fmt.Errorf("read log: %w", err)
@@ -252,14 +262,13 @@ func (l *Log) ReadTo(ctx context.Context, from, to StreamSeq, fn func(Entry) err
 	}
 	defer r.disconnect()
 	defer r.Close()
-	for r.want <= to || r.head < len(r.ready) {
-		e, err := r.Next(ctx)
-		if err != nil {
+	for {
+		e, more, err := r.nextUpTo(ctx, to)
+		if err != nil || !more {
 			return err
 		}
 		if err := fn(e); err != nil {
 			return err
 		}
 	}
-	return nil
 }
