@@ -206,7 +206,7 @@ fetch_newer() {
 		WHY="no Debian package source that is enabled on this machine"
 		return 1
 	}
-	private_apt update >"$TMP/criu-apt.log" 2>&1 &&
+	private_apt -o APT::Update::Error-Mode=any update >"$TMP/criu-apt.log" 2>&1 &&
 		private_apt install --download-only --no-install-recommends criu >>"$TMP/criu-apt.log" 2>&1 || {
 		WHY=$(apt_reason "$TMP/criu-apt.log")
 		return 1
