@@ -1,6 +1,7 @@
 package replay
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
@@ -20,12 +21,16 @@ const (
 	// probed; after stallTries its connection stops holding the others up.
 	stall      = 15 * time.Millisecond
 	stallTries = 2
+	// patience is how long a connection that lags after go-live may be silent
+	// where the old server spoke; then it is taken for one that went another way.
+	patience = 30 * time.Second
 	// resend is how many segments one retransmission repeats.
 	resend = 64
 	// maxQueued is how many octets may wait to be injected (Engine.Full).
 	maxQueued = 256 << 20
-	// maxHeld is how many packets of clients may wait for go-live.
-	maxHeld = 8192
+	// maxHeld and maxHeldOctets bound the packets of clients that wait for go-live.
+	maxHeld       = 8192
+	maxHeldOctets = 64 << 20
 )
 
 // Survivor is a connection of the generation's image with all that the log
@@ -47,6 +52,7 @@ type Survivor struct {
 type Engine struct {
 	Ready tcpwrap.Ready
 
+	lines  []*line // in the order of the survivors
 	conns  map[stream.FourTuple]*line
 	byID   map[stream.ConnID]*line
 	order  []*line // whose turn it is: one entry for each queued event
@@ -59,8 +65,9 @@ type Engine struct {
 	headSince time.Time
 	headTries int
 
-	waiting []Waiting
-	stats   Stats
+	waiting       []Waiting
+	waitingOctets int
+	stats         Stats
 }
 
 // Waiting is a packet of a client that came before go-live.
@@ -76,6 +83,7 @@ type Stats struct {
 	Resent                    uint64
 	Kept                      uint64 // output the client had not seen, kept for go-live
 	Refused                   uint64 // client packets dropped for want of room
+	Condemned                 uint64 // connections reset
 }
 
 type eventKind uint8
@@ -110,7 +118,9 @@ type line struct {
 	injNxt    seqnum.Value // next octet to inject
 	logged    seqnum.Value // the log's edge
 	finLogged bool
-	reset     bool // the client reset it
+	reset     bool   // the client reset it
+	resetSent bool   // and the restored TCP was told
+	gap       string // why the log cannot bring it to the present, if it cannot
 
 	ack  seqnum.Value // the real client's acknowledgement
 	edge seqnum.Value // right edge of the real client's window
@@ -119,15 +129,19 @@ type line struct {
 	kAck   seqnum.Value
 	kEdge  seqnum.Value
 	kNxt   seqnum.Value // highest it has sent, plus one
+	kSure  seqnum.Value // of that, what it has sent since it was restored
 	kFin   bool
 	kReset bool
 	kTS    uint32
 
 	clientTS uint32
 	lagging  bool // no longer holds the others up
+	gone     bool // dropped
 	moved    time.Time
+	grew     time.Time // when it last made progress, probes apart
 	probes   int
 	kept     []tcpwrap.PacketID
+	keptEnd  seqnum.Value // end of what is kept
 }
 
 // NewEngine begins a roll-forward.
@@ -139,16 +153,15 @@ func NewEngine(survivors []Survivor) *Engine {
 		l := &line{
 			cut: c, injNxt: c.RcvNxt, logged: c.RcvNxt, finLogged: c.ClientFin,
 			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd),
-			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kFin: c.ServerFin,
+			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kSure: c.SndUna, kFin: c.ServerFin,
 			kTS: s.TS, clientTS: c.ClientTS,
 		}
 		if s.Known {
 			l.ack = seqnum.Max(l.ack, s.State.ClientAck)
 			l.edge = seqnum.Max(l.edge, s.State.ClientEdge)
-			if s.State.ClientTS != 0 {
-				l.clientTS = s.State.ClientTS
-			}
+			l.heardTS(s.State.ClientTS)
 		}
+		e.lines = append(e.lines, l)
 		e.conns[c.Tuple] = l
 		e.byID[c.Conn] = l
 	}
@@ -159,8 +172,8 @@ func NewEngine(survivors []Survivor) *Engine {
 func (e *Engine) Start(now time.Time) {
 	e.headSince = now
 	e.begun = true
-	for _, l := range e.conns {
-		l.moved = now
+	for _, l := range e.lines {
+		l.moved, l.grew = now, now
 		e.acknowledge(l)
 	}
 }
@@ -181,7 +194,7 @@ func (e *Engine) Feed(now time.Time, r stream.Record) {
 
 func (e *Engine) queue(id stream.ConnID, ev event) {
 	l := e.byID[id]
-	if l == nil || l.reset {
+	if l == nil || l.reset || l.gap != "" {
 		return
 	}
 	switch ev.kind {
@@ -189,7 +202,11 @@ func (e *Engine) queue(id stream.ConnID, ev event) {
 		l.reset = true
 	default:
 		end := ev.end()
-		if end.LessEq(l.logged) {
+		if end.LessEq(l.logged) || l.finLogged {
+			return
+		}
+		if l.logged.Less(ev.seq) { // what comes now must not take the place of what is missing
+			l.gap = fmt.Sprintf("the log lacks %d octets from %d on", l.logged.To(ev.seq), l.logged)
 			return
 		}
 		if ev.seq.Less(l.logged) {
@@ -213,30 +230,34 @@ func (e *Engine) Full() bool { return e.queued > maxQueued }
 func (e *Engine) Fed(now time.Time) {
 	e.fed = true
 	e.pump(now)
-	for _, l := range e.conns {
+	for _, l := range e.lines {
 		e.hurry(l)
 	}
 }
 
 // Packet is a caught packet: outbound ones come from the restored TCP, inbound
-// ones from the real clients.
-func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) {
+// ones from the real clients. It answers false when the packet is news for the
+// client of a connection that lags after GoLive: the machine that protects the
+// others must have it, unjudged, because the server may have made it of what
+// that machine's log does not have yet.
+func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) (judged bool) {
 	if s.Dir == tcpwrap.Inbound {
-		e.fromClient(id, s)
-		return
+		e.fromClient(now, id, s)
+		return true
 	}
 	l := e.conns[s.Tuple]
 	if l == nil {
 		e.Ready.Decide(id, tcpwrap.Drop)
-		return
+		return true
 	}
-	e.fromServer(now, l, id, s)
+	judged = e.fromServer(now, l, id, s)
 	e.pump(now)
+	return judged
 }
 
 // fromClient keeps a real client's packet for go-live and takes from it what
 // it says about the outstream: it is newer than anything the log has.
-func (e *Engine) fromClient(id tcpwrap.PacketID, s *tcpwrap.Segment) {
+func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) {
 	l := e.conns[s.Tuple]
 	if l != nil && s.Flags.Has(tcpwrap.ACK) && s.Flags&(tcpwrap.RST|tcpwrap.SYN) == 0 {
 		e.heard(l, s)
@@ -245,12 +266,14 @@ func (e *Engine) fromClient(id tcpwrap.PacketID, s *tcpwrap.Segment) {
 		e.Ready.Decide(id, tcpwrap.Drop)
 		if s.Flags.Has(tcpwrap.RST) && s.Seq == l.logged {
 			e.queue(l.cut.Conn, event{evReset, s.Seq, nil})
+			e.pump(now)
 			return
 		}
 		e.acknowledge(l)
 		return
 	}
-	if len(e.waiting) >= maxHeld {
+	n := len(s.Payload) + len(s.RawOptions)
+	if len(e.waiting) >= maxHeld || e.waitingOctets+n > maxHeldOctets {
 		e.stats.Refused++
 		e.Ready.Decide(id, tcpwrap.Drop)
 		return
@@ -259,6 +282,7 @@ func (e *Engine) fromClient(id tcpwrap.PacketID, s *tcpwrap.Segment) {
 	w.Segment.Payload = append([]byte(nil), s.Payload...)
 	w.Segment.RawOptions = append([]byte(nil), s.RawOptions...)
 	e.waiting = append(e.waiting, w)
+	e.waitingOctets += n
 }
 
 // heard takes note of an acknowledgement. One that covers output which the
@@ -268,15 +292,23 @@ func (e *Engine) heard(l *line, s *tcpwrap.Segment) {
 	moved := l.ack.Less(s.Ack)
 	l.ack = seqnum.Max(l.ack, s.Ack)
 	l.edge = seqnum.Max(l.edge, s.Ack.Add(seqnum.Size(s.Window)<<l.cut.SndWScale))
-	if s.Options.HasTS && (l.clientTS == 0 || seqnum.Value(l.clientTS).Less(seqnum.Value(s.Options.TSVal))) {
-		l.clientTS = s.Options.TSVal
+	if s.Options.HasTS {
+		l.heardTS(s.Options.TSVal)
 	}
 	if moved && !e.live {
 		e.acknowledge(l)
 	}
 }
 
-func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpwrap.Segment) {
+// heardTS takes the later of two timestamps: one that goes back makes the
+// restored TCP discard all we send (PAWS, RFC 7323, 5). 0 is none.
+func (l *line) heardTS(v uint32) {
+	if v != 0 && (l.clientTS == 0 || seqnum.Value(l.clientTS).Less(seqnum.Value(v))) {
+		l.clientTS = v
+	}
+}
+
+func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpwrap.Segment) (judged bool) {
 	if s.Options.HasTS {
 		l.kTS = s.Options.TSVal
 	}
@@ -284,31 +316,39 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 	if s.Flags.Has(tcpwrap.ACK) {
 		e.acked(now, l, s)
 	}
-	l.kNxt = seqnum.Max(l.kNxt, end)
-	l.kFin = l.kFin || s.Flags.Has(tcpwrap.FIN)
-	if s.Flags.Has(tcpwrap.RST) {
-		l.kReset = true
+	probe := s.Len() == 0 && s.Seq.Less(l.kNxt) // keep-alive or of a shut window: it wants an answer
+	if l.kNxt.Less(end) {
+		l.kNxt, l.grew = end, now
 	}
+	l.kSure = seqnum.Max(l.kSure, end)
+	l.kFin = l.kFin || s.Flags.Has(tcpwrap.FIN)
+	reset := s.Flags.Has(tcpwrap.RST)
+	l.kReset = l.kReset || reset
+	news := reset || s.Len() > 0 && l.ack.Less(end)
 	switch {
-	case s.Flags.Has(tcpwrap.RST) || l.ack.Less(end):
+	case e.live && (news || s.Len() == 0 && !probe):
+		return false
+	case news && (reset || len(l.kept) == 0 || l.keptEnd.Less(end)):
 		// The client has not seen it, or not all of it: it leaves at go-live.
-		if e.live {
-			e.Ready.Decide(id, tcpwrap.Accept)
-			return
-		}
 		e.stats.Kept++
+		if len(l.kept) == 0 || l.keptEnd.Less(end) {
+			l.keptEnd = end
+		}
 		l.kept = append(l.kept, id)
 		if s.Seq.Less(l.ack) {
 			e.acknowledge(l)
 		}
-	default:
+	default: // what the client has, what is kept already, or nothing but an acknowledgement
 		e.Ready.Decide(id, tcpwrap.Drop)
 		if s.Len() > 0 {
 			e.stats.Swallowed++
 			e.stats.SwallowedBytes += uint64(len(s.Payload))
+		}
+		if s.Len() > 0 || probe {
 			e.acknowledge(l)
 		}
 	}
+	return true
 }
 
 // acked takes the restored TCP's acknowledgement and window. The latest window
@@ -318,7 +358,7 @@ func (e *Engine) acked(now time.Time, l *line, s *tcpwrap.Segment) {
 	l.kSeen = true
 	l.kEdge = s.Ack.Add(seqnum.Size(s.Window) << l.cut.RcvWScale)
 	if l.kAck.Less(s.Ack) {
-		l.kAck, l.moved = s.Ack, now
+		l.kAck, l.moved, l.grew = s.Ack, now, now
 		n := 0
 		for n < len(l.sent) && l.sent[n].end().LessEq(l.kAck) {
 			n++

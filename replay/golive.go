@@ -2,6 +2,7 @@ package replay
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/stream"
@@ -21,41 +22,57 @@ type Condemned struct {
 // are told, the client at go-live.
 func (e *Engine) Condemn() []Condemned {
 	var out []Condemned
-	for t, l := range e.conns {
-		if l.lagging || l.caughtUp() {
+	for _, l := range e.lines {
+		if l.caughtUp() || l.lagging && l.gap == "" {
 			continue
 		}
 		why := fmt.Sprintf("the restored server's TCP acknowledged %d of %d logged octets", l.cut.RcvNxt.To(l.kAck), l.cut.RcvNxt.To(l.logged))
 		if l.kNxt.Less(l.ack) {
 			why = fmt.Sprintf("the client has %d octets that the restored server did not send again", l.kNxt.To(l.ack))
 		}
-		out = append(out, Condemned{l.cut.Conn, t, why})
-		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
-		for _, id := range l.kept {
-			e.Ready.Decide(id, tcpwrap.Drop)
+		if l.gap != "" {
+			why = l.gap
 		}
-		e.Ready.Send(tcpwrap.Outgoing{Tuple: t, Seq: l.ack, Ack: l.logged, Flags: tcpwrap.RST | tcpwrap.ACK})
-		e.drop(l)
+		out = append(out, Condemned{l.cut.Conn, l.cut.Tuple, why})
+		e.condemn(l)
 	}
-	if len(out) > 0 {
-		e.order = nil
-		for _, l := range e.conns {
-			for range l.todo {
-				if !l.lagging {
-					e.order = append(e.order, l)
-				}
-			}
-		}
-	}
+	e.sweep()
 	return out
 }
 
+// condemn resets a connection at both ends; sweep must follow. Where exactly
+// the restored TCP stands is not known before it acknowledges, so it is told at
+// every place that can be: were it left alive, and the client's reset lost, the
+// client would take what it says for the truth.
+func (e *Engine) condemn(l *line) {
+	e.stats.Condemned++
+	e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
+	for i := range l.sent {
+		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.sent[i].end(), nil)
+	}
+	for _, id := range l.kept {
+		e.Ready.Decide(id, tcpwrap.Drop)
+	}
+	e.Ready.Send(tcpwrap.Outgoing{Tuple: l.cut.Tuple, Seq: l.ack, Ack: l.logged, Flags: tcpwrap.RST | tcpwrap.ACK})
+	e.drop(l)
+}
+
+// drop gives a connection up; sweep must follow.
 func (e *Engine) drop(l *line) {
 	for i := range l.todo {
 		e.queued -= len(l.todo[i].data)
 	}
+	l.gone = true
 	delete(e.conns, l.cut.Tuple)
 	delete(e.byID, l.cut.Conn)
+}
+
+// sweep takes the connections that were dropped out of every queue.
+func (e *Engine) sweep() {
+	gone := func(l *line) bool { return l.gone }
+	e.lines = slices.DeleteFunc(e.lines, gone)
+	e.order = slices.DeleteFunc(e.order, gone)
+	e.behind = slices.DeleteFunc(e.behind, gone)
 }
 
 // GoLive ends the roll-forward: what was kept for the clients leaves, and each
@@ -66,22 +83,16 @@ func (e *Engine) drop(l *line) {
 // the engine until Joined gives them up.
 func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 	e.live = true
-	for _, l := range e.conns {
+	for _, l := range e.lines {
 		for _, id := range l.kept {
 			e.Ready.Decide(id, tcpwrap.Accept)
 		}
 		l.kept = nil
-		if l.lagging && !l.caughtUp() {
-			continue
+		if !l.caughtUp() {
+			e.lag(l)
 		}
-		if l.over() {
-			e.drop(l)
-			continue
-		}
-		e.nudge(l)
-		cuts = append(cuts, l.here())
-		e.drop(l)
 	}
+	cuts = e.Joined()
 	for _, w := range e.waiting {
 		if e.conns[w.Segment.Tuple] != nil { // lagging: the client sends it again
 			e.Ready.Decide(w.ID, tcpwrap.Drop)
@@ -89,14 +100,14 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 		}
 		waiting = append(waiting, w)
 	}
-	e.waiting = nil
+	e.waiting, e.waitingOctets = nil, 0
 	return cuts, waiting
 }
 
 // Joined gives up the lagging connections that have caught up since.
 func (e *Engine) Joined() []tcpwrap.Cut {
 	var cuts []tcpwrap.Cut
-	for _, l := range e.conns {
+	for _, l := range e.lines {
 		if !e.live || !l.caughtUp() {
 			continue
 		}
@@ -106,6 +117,7 @@ func (e *Engine) Joined() []tcpwrap.Cut {
 		}
 		e.drop(l)
 	}
+	e.sweep()
 	return cuts
 }
 
@@ -130,6 +142,20 @@ func (l *line) here() tcpwrap.Cut {
 	}
 	c.ClientTS, c.ServerTS = l.clientTS, l.kTS
 	return c
+}
+
+// Greet asks every client where it stands, as soon as packets reach it from
+// here: the log knows only what was stable when the primary died. An octet that
+// the client has makes its TCP answer with its present acknowledgement, as a
+// keep-alive does (RFC 9293, 3.8.4). A client that does not answer in time
+// costs nothing but time after go-live.
+func (e *Engine) Greet() {
+	for _, l := range e.conns {
+		e.Ready.Send(tcpwrap.Outgoing{
+			Tuple: l.cut.Tuple, Seq: l.ack.Sub(1), Ack: l.cut.RcvNxt, Flags: tcpwrap.ACK,
+			HasTS: l.cut.HasTS, TSVal: l.kTS, TSEcr: l.clientTS,
+		})
+	}
 }
 
 func (e *Engine) nudge(l *line) {

@@ -12,11 +12,15 @@ import (
 func (e *Engine) pump(now time.Time) {
 	for len(e.order) > 0 {
 		l := e.order[0]
-		if !l.lagging && !e.inject(l) {
+		at := l.injNxt
+		all := l.lagging || e.inject(l) // the turn of a lagging connection is void
+		if all || l.injNxt != at {
+			e.headSince, e.headTries = now, 0
+		}
+		if !all {
 			break
 		}
-		e.order = e.order[1:] // the turn of a lagging connection is void
-		e.headSince, e.headTries = now, 0
+		e.order = e.order[1:]
 	}
 	for _, l := range e.behind {
 		for len(l.todo) > 0 && e.inject(l) {
@@ -30,8 +34,11 @@ func (e *Engine) inject(l *line) bool {
 	ev := &l.todo[0]
 	switch ev.kind {
 	case evReset:
-		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.injNxt, nil)
-		l.sent = nil
+		if l.kAck.Less(l.injNxt) { // only at the very octet it expects does TCP take a reset
+			return false
+		}
+		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
+		l.sent, l.resetSent = nil, true
 	case evFin:
 		e.send(l, tcpwrap.FIN|tcpwrap.ACK, l.injNxt, nil)
 		l.sent = append(l.sent, *ev)
@@ -58,7 +65,13 @@ func (e *Engine) inject(l *line) bool {
 
 // send gives the restored TCP a segment from the client.
 func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byte) {
-	ack := seqnum.Min(l.kNxt, l.ack) // never more than it has sent: TCP would drop the segment whole
+	// Never more than it has sent: TCP would drop the segment whole. Whether it
+	// holds what the image says was sent for sent is its own affair; so only what
+	// can be repeated without loss says so.
+	ack := seqnum.Min(l.kSure, l.ack)
+	if flags == tcpwrap.ACK && len(data) == 0 {
+		ack = seqnum.Min(l.kNxt, l.ack)
+	}
 	var win uint16
 	if ack.Less(l.edge) {
 		// Rounded up: a window that shrank by the rounding would look like one
@@ -74,7 +87,7 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 
 // acknowledge tells the restored TCP what the client has of its output.
 func (e *Engine) acknowledge(l *line) {
-	if e.begun && !l.reset && !l.kReset { // before Start there is no TCP yet: it would answer with a reset
+	if e.begun && !l.resetSent && !l.kReset { // before Start there is no TCP yet: it would answer with a reset
 		e.send(l, tcpwrap.ACK, l.kAck, nil)
 	}
 }
@@ -118,14 +131,17 @@ func (e *Engine) Tick(now time.Time) {
 		e.headSince = now
 		e.headTries++
 		if e.headTries > stallTries {
-			l.lagging = true
-			e.behind = append(e.behind, l)
+			e.lag(l)
 		} else {
 			e.probe(l)
 		}
-		e.pump(now)
 	}
-	for _, l := range e.conns {
+	e.pump(now)
+	for _, l := range e.lines {
+		if e.live && now.Sub(l.grew) >= patience && l.silent() {
+			e.condemn(l)
+			continue
+		}
 		if (len(l.sent) > 0 || len(l.todo) > 0) && now.Sub(l.moved) >= stall {
 			l.moved = now
 			l.probes++
@@ -135,6 +151,15 @@ func (e *Engine) Tick(now time.Time) {
 				e.probe(l)
 			}
 		}
+	}
+	e.sweep()
+}
+
+// lag lets a connection go at its own pace from now on.
+func (e *Engine) lag(l *line) {
+	if !l.lagging {
+		l.lagging = true
+		e.behind = append(e.behind, l)
 	}
 }
 
@@ -154,10 +179,10 @@ func (e *Engine) probe(l *line) {
 // caughtUp reports whether a connection stands where the log and its client
 // are.
 func (l *line) caughtUp() bool {
-	if l.kReset || l.reset && len(l.todo) == 0 {
+	if l.kReset || l.resetSent {
 		return true
 	}
-	return len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.ack.LessEq(l.kNxt)
+	return l.gap == "" && !l.reset && len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.ack.LessEq(l.kNxt)
 }
 
 // Done reports whether every connection that does not lag has caught up with
@@ -166,15 +191,21 @@ func (e *Engine) Done() bool {
 	if !e.fed || len(e.order) > 0 {
 		return false
 	}
-	for _, l := range e.conns {
-		if !l.lagging && !l.caughtUp() {
+	for _, l := range e.lines {
+		if !l.caughtUp() && (!l.lagging || l.gap != "") {
 			return false
 		}
 	}
 	return true
 }
 
+// silent reports whether the restored server has all that the log holds and
+// yet has not made what its client has of the old one.
+func (l *line) silent() bool {
+	return l.gap != "" || !l.reset && len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.kNxt.Less(l.ack)
+}
+
 // over reports whether the connection has ended in both directions.
 func (l *line) over() bool {
-	return l.kReset || l.reset || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
+	return l.kReset || l.resetSent || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
 }

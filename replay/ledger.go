@@ -8,6 +8,8 @@
 package replay
 
 import (
+	"cmp"
+	"slices"
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
@@ -25,6 +27,8 @@ type Line struct {
 
 	Ended  bool
 	Reason stream.EndReason
+
+	opened, accepted bool // its open and accept records were seen
 }
 
 // Ledger follows a service's log. Feed it every entry in order. The zero value
@@ -59,9 +63,10 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 		l.Config = r.Config
 	case stream.ConnOpen:
 		ln := l.line(r.Conn)
-		ln.Tuple = r.Tuple
+		ln.Tuple, ln.opened = r.Tuple, true
 	case stream.ConnAccept:
 		ln := l.line(r.Conn)
+		ln.accepted = true
 		if !ln.Known {
 			ln.State = stream.ConnState{Conn: r.Conn, ClientAck: r.ISN, ClientEdge: r.ISN, ServerNxt: r.ISN.Add(1)}
 		}
@@ -133,7 +138,9 @@ type Orphan struct {
 	Conn  stream.ConnID
 	Tuple stream.FourTuple
 	// At are the sequence numbers at which the client may be expecting us; a
-	// reset counts only where it matches exactly (RFC 5961, 3.2).
+	// reset counts only where it matches exactly (RFC 5961, 3.2). None are known
+	// of a connection of which the log has no more than its name: it is told when
+	// it next speaks, by the TCP that has no such connection.
 	At []seqnum.Value
 }
 
@@ -146,11 +153,18 @@ func (l *Ledger) Orphans(survives func(stream.ConnID) bool) []Orphan {
 		if ln.Ended && !quarantined || survives(id) && !quarantined || ln.Tuple == (stream.FourTuple{}) {
 			continue
 		}
-		o := Orphan{Conn: id, Tuple: ln.Tuple, At: []seqnum.Value{ln.State.ClientAck}}
-		if ln.State.ServerNxt != ln.State.ClientAck {
-			o.At = append(o.At, ln.State.ServerNxt)
+		if ln.opened && !ln.accepted {
+			continue // its SYN was never answered: the client knows no connection
+		}
+		o := Orphan{Conn: id, Tuple: ln.Tuple}
+		if ln.Known || ln.accepted {
+			o.At = append(o.At, ln.State.ClientAck)
+			if ln.State.ServerNxt != ln.State.ClientAck {
+				o.At = append(o.At, ln.State.ServerNxt)
+			}
 		}
 		out = append(out, o)
 	}
+	slices.SortFunc(out, func(a, b Orphan) int { return cmp.Compare(a.Conn, b.Conn) })
 	return out
 }

@@ -15,6 +15,12 @@ type fragment struct {
 
 func (f *fragment) end() seqnum.Value { return f.seq.Add(seqnum.Size(len(f.data))) }
 
+// covers reports whether f has all that g has. A FIN with data behind it
+// contradicts itself and counts for nothing.
+func (f *fragment) covers(g *fragment) bool {
+	return f.seq.LessEq(g.seq) && g.end().LessEq(f.end()) && (!g.fin || f.fin || g.end() != f.end())
+}
+
 // assembly puts one connection's instream in order: US 7,673,038's "complete"
 // is nxt, the octet up to which everything has been handed on.
 type assembly struct {
@@ -37,12 +43,12 @@ func (a *assembly) offer(seq seqnum.Value, data []byte, fin bool, budget int, em
 		return a.keep(seq, data, fin, budget)
 	}
 	a.take(fragment{seq, data, fin}, emit, eof)
-	for len(a.ahead) > 0 && a.ahead[0].seq.LessEq(a.nxt) && !a.fin {
-		f := a.ahead[0]
-		a.ahead = slices.Delete(a.ahead, 0, 1)
-		a.pending -= len(f.data)
-		a.take(f, emit, eof)
+	n := 0
+	for ; n < len(a.ahead) && a.ahead[n].seq.LessEq(a.nxt) && !a.fin; n++ {
+		a.pending -= len(a.ahead[n].data)
+		a.take(a.ahead[n], emit, eof)
 	}
+	a.ahead = slices.Delete(a.ahead, 0, n) // at once: one by one is quadratic
 	if a.fin {
 		a.ahead, a.pending = nil, 0
 	}
@@ -64,9 +70,10 @@ func (a *assembly) take(f fragment, emit func(seqnum.Value, []byte), eof func(se
 	}
 }
 
-// keep stores a copy of what came ahead, sorted by sequence number. An exact
-// or covered duplicate costs nothing: a client's retransmissions must not use
-// the budget up.
+// keep stores a copy of what came ahead, sorted by sequence number. No fragment
+// covers another, so both their beginnings and their ends are in order. A
+// covered duplicate costs nothing: a client's retransmissions must not use the
+// budget up.
 func (a *assembly) keep(seq seqnum.Value, data []byte, fin bool, budget int) bool {
 	i := a.place(seq)
 	if i > 0 { // what the one before has already is not kept twice
@@ -76,17 +83,23 @@ func (a *assembly) keep(seq seqnum.Value, data []byte, fin bool, budget int) boo
 			i = a.place(seq)
 		}
 	}
-	if i < len(a.ahead) && a.ahead[i].seq == seq && len(data) <= len(a.ahead[i].data) && (!fin || a.ahead[i].fin) {
+	f := fragment{seq, data, fin}
+	if i < len(a.ahead) && a.ahead[i].covers(&f) || i > 0 && a.ahead[i-1].covers(&f) {
 		return true
 	}
 	if len(data) == 0 && !fin {
 		return true
 	}
-	if len(data)+fragmentCost > budget {
+	j, freed := i, 0 // what the new one covers is not kept twice either
+	for ; j < len(a.ahead) && f.covers(&a.ahead[j]); j++ {
+		freed += len(a.ahead[j].data)
+	}
+	if len(data)+fragmentCost > budget+freed+fragmentCost*(j-i) {
 		return false
 	}
-	a.ahead = slices.Insert(a.ahead, i, fragment{seq, slices.Clone(data), fin})
-	a.pending += len(data)
+	f.data = slices.Clone(data)
+	a.ahead = slices.Replace(a.ahead, i, j, f)
+	a.pending += len(data) - freed
 	return true
 }
 
@@ -104,9 +117,11 @@ func (a *assembly) place(seq seqnum.Value) int {
 	return i
 }
 
-// fragmentCost is what one kept fragment costs beside its octets; it makes a
-// shower of one-octet fragments run into the limit as well.
-const fragmentCost = 64
+// fragmentCost is what one kept fragment is charged beside its octets: what
+// Linux charges the smallest segment at least, so that a shower of one-octet
+// fragments runs into the limit here when it would there, and ahead stays short
+// enough to insert into.
+const fragmentCost = 512
 
 // kept is what the assembly holds, in octets including the cost of keeping.
 func (a *assembly) kept() int { return a.pending + fragmentCost*len(a.ahead) }

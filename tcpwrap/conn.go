@@ -1,6 +1,8 @@
 package tcpwrap
 
 import (
+	"slices"
+
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/stream"
 )
@@ -47,16 +49,28 @@ type conn struct {
 	clientTS   uint32
 	serverNxt  seqnum.Value // released, plus one
 	serverTS   uint32
-	rcvEdge    seqnum.Value // right edge of what the server's TCP has offered
+	sentNxt    seqnum.Value // caught, plus one: what the server's TCP has sent
+	rcvAck     seqnum.Value // what the server's TCP was last seen to acknowledge
+	rcvEdge    seqnum.Value // right edge of what it has offered, when offered
+	offered    bool
 
 	serverFin   bool
 	serverFinAt seqnum.Value
 	finAcked    bool // server's TCP acknowledged the client's FIN
 	dirty       bool // a ConnState is due
+	carried     bool // brought here by a takeover
+	embryonic   bool // the client has not answered the SYN-ACK
+
+	opened               bool // we saw the handshake
+	clientISN, serverISN seqnum.Value
 }
+
+// maxUnacked bounds conn.unacked, against clients that send single octets.
+const maxUnacked = 1024
 
 // handshake is a SYN that has not been answered yet.
 type handshake struct {
+	tuple   stream.FourTuple
 	isn     seqnum.Value
 	window  uint16
 	options [40]byte
@@ -71,7 +85,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 		id: id, tuple: c.Tuple,
 		sndWScale: c.SndWScale, rcvWScale: c.RcvWScale, hasTS: c.HasTS,
 		clientAck: c.SndUna, clientEdge: c.SndUna.Add(c.SndWnd), clientTS: c.ClientTS,
-		serverNxt: c.SndNxt, serverTS: c.ServerTS, rcvEdge: c.RcvNxt,
+		serverNxt: c.SndNxt, serverTS: c.ServerTS, sentNxt: seqnum.Max(c.SndUna, c.SndNxt), rcvAck: c.RcvNxt,
 	}
 	n.in.nxt = c.RcvNxt
 	n.in.fin = c.ClientFin
@@ -82,11 +96,33 @@ func newConn(id stream.ConnID, c Cut) *conn {
 	return n
 }
 
+// discards reports whether the server's TCP is sure to discard an inbound
+// segment that is neither SYN nor RST, so that nothing in it may be believed or
+// logged: one without an acknowledgement, one that acknowledges what was never
+// sent (RFC 5961, 5.2) and one beyond the window, which a client's TCP does not
+// send. A stranger who does not see the connection forges no better ones.
+func (c *conn) discards(s *Segment) bool {
+	return !s.Flags.Has(ACK) || c.sentNxt.Less(s.Ack) ||
+		c.embryonic && s.Ack.LessEq(c.clientAck) || // not the answer to the SYN-ACK
+		c.offered && c.rcvEdge.Less(s.Seq)
+}
+
+// overtaken reports whether an inbound segment acknowledges output of the old
+// primary that the log did not know the client to have.
+func (c *conn) overtaken(s *Segment) bool {
+	return c.carried && s.Flags.Has(ACK) && c.sentNxt.Less(s.Ack)
+}
+
+// resets reports whether the server's TCP takes a RST for good: at exactly the
+// octet it expects, or behind the last one it has (RFC 5961, 3.2 as Linux has
+// it). It may expect less than we logged, when it had no room.
+func (c *conn) resets(seq seqnum.Value) bool {
+	n := len(c.in.ahead)
+	return seq == c.in.nxt || seq == c.rcvAck || n > 0 && seq == c.in.ahead[n-1].end()
+}
+
 // noteAck takes what an inbound segment says about the outstream.
 func (c *conn) noteAck(s *Segment) {
-	if !s.Flags.Has(ACK) || s.Flags.Has(RST) {
-		return
-	}
 	edge := s.Ack.Add(seqnum.Size(s.Window) << c.sndWScale)
 	if c.clientAck.Less(s.Ack) {
 		c.clientAck, c.dirty = s.Ack, true
@@ -107,17 +143,38 @@ func (c *conn) noteCaught(s *Segment) {
 		for n < len(c.unacked) && c.unacked[n].end.LessEq(s.Ack) {
 			n++
 		}
-		c.unacked = c.unacked[n:]
-		if e := s.Ack.Add(seqnum.Size(s.Window) << c.rcvWScale); c.rcvEdge.Less(e) {
-			c.rcvEdge = e
+		c.unacked = slices.Delete(c.unacked, 0, n)
+		if c.rcvAck.Less(s.Ack) {
+			c.rcvAck = s.Ack
+		}
+		win := seqnum.Size(s.Window)
+		if !s.Flags.Has(SYN) { // whose window is never scaled (RFC 7323, 2.2)
+			win <<= c.rcvWScale
+		}
+		if e := s.Ack.Add(win); !c.offered || c.rcvEdge.Less(e) {
+			c.rcvEdge, c.offered = e, true
 		}
 		if c.in.fin && s.Ack == c.in.nxt {
 			c.finAcked = true
 		}
 	}
+	if end := s.End(); c.sentNxt.Less(end) {
+		c.sentNxt = end
+	}
 	if s.Flags.Has(FIN) && !c.serverFin {
 		c.serverFin, c.serverFinAt = true, s.End().Sub(1)
 	}
+}
+
+// noteLogged remembers which record holds the octets up to end.
+func (c *conn) noteLogged(end seqnum.Value, pos stream.Position) {
+	if len(c.unacked) == maxUnacked { // in pairs, each for the older record: it is only ever too careful
+		for i := range maxUnacked / 2 {
+			c.unacked[i] = unacked{c.unacked[2*i+1].end, c.unacked[2*i].pos}
+		}
+		c.unacked = c.unacked[:maxUnacked/2]
+	}
+	c.unacked = append(c.unacked, unacked{end, pos})
 }
 
 // noteReleased takes what an outbound segment says once it may leave.

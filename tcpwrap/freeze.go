@@ -2,6 +2,7 @@ package tcpwrap
 
 import (
 	"bytes"
+	"math"
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
@@ -79,18 +80,53 @@ func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 			}
 			m.nextConn = max(m.nextConn, k.Conn+1)
 			c = newConn(k.Conn, k)
+			c.carried = !m.frozen
 			m.conns[k.Tuple] = c
-			delete(m.blocked, k.Tuple)
+		}
+		if p, yes := m.blocked[k.Tuple]; yes && p == notInImage && m.frozen {
+			m.blocked[k.Tuple] = inImage
 		}
 		if p := c.needs(k.RcvNxt); p != 0 {
 			from = min(from, p)
 		}
 		k.Conn = c.id
+		edge := seqnum.Max(k.SndUna.Add(k.SndWnd), c.clientEdge)
 		k.SndUna = seqnum.Max(k.SndUna, c.clientAck)
+		k.SndWnd = k.SndUna.To(seqnum.Max(k.SndUna, edge))
 		k.ClientTS, k.ServerTS = c.clientTS, c.serverTS
 		adopted = append(adopted, k)
 	}
+	if m.frozen {
+		m.unblockLost()
+	}
 	return adopted, from
+}
+
+// What a quarantined connection waits for; any other position is that of the
+// record of a generation which has it.
+const (
+	notInImage stream.Position = 0
+	inImage    stream.Position = math.MaxUint64 // the generation has no record yet
+)
+
+// unblockLost lets go of quarantined connections that the image does not have:
+// their socket is gone.
+func (m *Machine) unblockLost() {
+	for t, p := range m.blocked {
+		if p == notInImage {
+			delete(m.blocked, t)
+		}
+	}
+}
+
+// unblock lets quarantined connections speak again that are in the image of a
+// generation which has become stable.
+func (m *Machine) unblock() {
+	for t, p := range m.blocked {
+		if p != notInImage && p <= m.stable {
+			delete(m.blocked, t)
+		}
+	}
 }
 
 // WantGeneration reports that connections wait for a generation before they

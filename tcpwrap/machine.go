@@ -12,7 +12,7 @@ type Limits struct {
 	AheadPerConn int // octets kept out of order for one connection
 	Ahead        int // the same over all connections
 	Frozen       int // octets of packets kept while a dump runs
-	Handshakes   int // SYNs that wait for their SYN-ACK
+	Handshakes   int // SYNs that wait for their SYN-ACK, and SYN-ACKs for their ACK
 }
 
 // DefaultLimits fit a receive buffer of 6 MiB, Linux's default maximum.
@@ -56,11 +56,15 @@ type Machine struct {
 
 	nextConn  stream.ConnID
 	conns     map[stream.FourTuple]*conn
-	syns      map[stream.FourTuple]*handshake
-	blocked   map[stream.FourTuple]struct{} // quarantined until a generation has them
+	blocked   map[stream.FourTuple]stream.Position // quarantined until a generation has them
 	dirty     []*conn
 	ahead     int
 	congested bool
+
+	syns     map[stream.FourTuple]*handshake
+	synAge   []*handshake // oldest first, answered ones among them
+	embryos  int          // connections whose client has not answered the SYN-ACK
+	embryAge []*conn      // oldest first, others among them
 
 	held   []heldPacket
 	waited []frozenPacket
@@ -101,7 +105,7 @@ func NewMachine(next stream.Position, firstConn stream.ConnID, limits Limits) *M
 		nextConn: max(firstConn, 1),
 		conns:    map[stream.FourTuple]*conn{},
 		syns:     map[stream.FourTuple]*handshake{},
-		blocked:  map[stream.FourTuple]struct{}{},
+		blocked:  map[stream.FourTuple]stream.Position{},
 	}
 }
 
@@ -126,6 +130,13 @@ func (m *Machine) Packet(now time.Time, id PacketID, s *Segment, dying bool) {
 func (m *Machine) Append(r stream.Record) stream.Position {
 	p := m.next
 	m.next++
+	if _, yes := r.(stream.Generation); yes {
+		for t, at := range m.blocked {
+			if at == inImage {
+				m.blocked[t] = p
+			}
+		}
+	}
 	m.Ready.Records = append(m.Ready.Records, Numbered{p, r})
 	return p
 }
@@ -138,10 +149,12 @@ func (m *Machine) depend(r stream.Record) stream.Position {
 
 // Stable is the log's notice that everything up to p is stable.
 func (m *Machine) Stable(now time.Time, p stream.Position) {
+	p = min(p, m.next-1) // what has not been made is not stable, whoever says so
 	if p <= m.stable {
 		return
 	}
 	m.stable = p
+	m.unblock()
 	if m.mode != Protecting {
 		return
 	}
@@ -216,56 +229,87 @@ func (m *Machine) Next() stream.Position { return m.next }
 func (m *Machine) NextConn() stream.ConnID { return m.nextConn }
 
 func (m *Machine) inbound(id PacketID, s *Segment) {
+	v := Accept
 	c := m.conns[s.Tuple]
-	if s.Flags.Has(SYN) {
-		m.noteSYN(c, s)
-		m.Ready.Decide(id, Accept)
-		return
-	}
-	if c == nil {
-		m.Ready.Decide(id, Accept)
-		return
-	}
-	m.noteAck(c, s)
 	switch {
+	case s.Flags.Has(SYN):
+		if m.congested { // a connection is two records, and a flood many
+			m.stats.Refused++
+			v = Drop
+			break
+		}
+		m.noteSYN(c, s)
+	case c == nil:
+		if _, yes := m.blocked[s.Tuple]; yes && !s.Flags.Has(RST) {
+			v = Drop // what the server would make of it could show on other connections
+		}
 	case s.Flags.Has(RST):
-		if s.Seq == c.in.nxt { // RFC 5961: only an exact match resets
+		if c.resets(s.Seq) {
 			m.depend(stream.ClientReset{Conn: c.id, Seq: s.Seq})
 			m.forget(c)
 		}
-	case len(s.Payload) > 0 || s.Flags.Has(FIN):
-		if m.congested || !m.take(c, s) {
+	case c.overtaken(s):
+		if m.take(c, s) {
+			m.noteAck(c, s)
+			m.lowered(c, s)
+		}
+		v = Drop
+	case c.discards(s):
+	default:
+		m.noteAck(c, s)
+		if !m.take(c, s) {
 			m.stats.Refused++
-			m.Ready.Decide(id, Drop)
-			return
+			v = Drop
+			break
+		}
+		if c.closed() {
+			m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
+			m.forget(c)
 		}
 	}
-	if c.closed() {
-		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
-		m.forget(c)
-	}
-	m.Ready.Decide(id, Accept)
+	m.Ready.Decide(id, v)
 }
 
-// take logs what is new and in order. It answers false when the segment is
-// ahead of its turn and there is no room to keep it.
+// lowered gives TCP a segment that acknowledges octets which the restored
+// server has not sent again yet, with the acknowledgement lowered to what it has
+// sent: TCP discards such a segment whole (RFC 9293, 3.10.7.4), and a client that
+// waits for a download sends no other.
+func (m *Machine) lowered(c *conn, s *Segment) {
+	edge := s.Ack.Add(seqSize(s.Window) << c.sndWScale)
+	m.Ready.Send(Outgoing{
+		Up: true, Tuple: c.tuple, Seq: s.Seq, Ack: c.sentNxt, Flags: s.Flags,
+		Window: uint16(min(65535, uint32(c.sentNxt.To(edge))>>c.sndWScale)),
+		HasTS:  s.Options.HasTS, TSVal: s.Options.TSVal, TSEcr: s.Options.TSEcr, Payload: s.Payload,
+	})
+}
+
+// take logs what is new and in order. It answers false when the segment may not
+// go on: it is ahead of its turn and there is no room to keep it, or it is news
+// and the log lags behind.
 func (m *Machine) take(c *conn, s *Segment) bool {
+	fin := s.Flags.Has(FIN)
+	if len(s.Payload) == 0 && !fin || s.End().LessEq(c.in.nxt) {
+		return true
+	}
+	if m.congested {
+		return false
+	}
 	before := c.in.kept()
 	budget := min(m.limits.AheadPerConn-before, m.limits.Ahead-m.ahead)
-	ok := c.in.offer(s.Seq, s.Payload, s.Flags.Has(FIN), budget,
+	ok := c.in.offer(s.Seq, s.Payload, fin, budget,
 		func(seq seqValue, data []byte) {
 			for len(data) > 0 { // a super-segment and what it made complete may exceed a record
 				n := min(len(data), stream.MaxPayload)
 				p := m.depend(stream.Bytes{Conn: c.id, Seq: seq, Payload: data[:n]})
 				seq = seq.Add(seqSize(n))
 				data = data[n:]
-				c.unacked = append(c.unacked, unacked{seq, p})
+				c.noteLogged(seq, p)
 				m.stats.LoggedBytes += uint64(n)
 			}
 		},
 		func(seq seqValue) {
 			p := m.depend(stream.ClientFin{Conn: c.id, Seq: seq})
-			c.unacked = append(c.unacked, unacked{seq.Add(1), p})
+			c.noteLogged(seq.Add(1), p)
 		})
 	m.ahead += c.in.kept() - before
 	return ok
@@ -277,24 +321,39 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 		m.Ready.Decide(id, Drop)
 		return
 	}
+	c := m.conns[s.Tuple]
+	if s.Flags.Has(SYN | ACK) {
+		if c = m.established(c, s); c == nil { // no connection may begin that the log does not have
+			m.Ready.Decide(id, Drop)
+			return
+		}
+	}
+	if c != nil && s.Flags.Has(ACK) && c.in.nxt.Less(s.Ack) {
+		m.quarantine(c, id)
+		return
+	}
+	if c != nil {
+		m.caught(c, s)
+	}
 	if _, yes := m.blocked[s.Tuple]; yes {
 		m.Ready.Decide(id, Drop)
 		return
 	}
-	c := m.conns[s.Tuple]
-	if s.Flags.Has(SYN | ACK) {
-		c = m.established(c, s)
-	}
-	if c == nil {
-		m.Ready.Decide(id, Accept) // not protected
+	// A packet of no connection of ours is held as well: it may acknowledge what
+	// one that has ended sent last, and it may depend on all the others.
+	h := heldPacket{id, m.dep, now, c, released{uint32(s.End()), s.Options.HasTS, s.Options.TSVal}}
+	if m.dep <= m.stable && len(m.held) == 0 {
+		m.stats.Passed++
+		m.release(&h)
 		return
 	}
-	if s.Flags.Has(ACK) && c.in.nxt.Less(s.Ack) {
-		m.quarantine(c, id)
-		return
-	}
+	m.stats.Held++
+	m.held = append(m.held, h)
+}
+
+// caught takes what a segment of the server's says about its connection.
+func (m *Machine) caught(c *conn, s *Segment) {
 	c.noteCaught(s)
-	r := released{uint32(s.End()), s.Options.HasTS, s.Options.TSVal}
 	switch {
 	case s.Flags.Has(RST):
 		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})
@@ -303,58 +362,6 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
 		m.forget(c)
 	}
-	if m.dep <= m.stable && len(m.held) == 0 {
-		m.noteReleased(c, r)
-		m.stats.Passed++
-		m.Ready.Decide(id, Accept)
-		return
-	}
-	m.stats.Held++
-	m.held = append(m.held, heldPacket{id, m.dep, now, c, r})
-}
-
-// noteSYN keeps a SYN until the server answers it. A SYN for a connection that
-// lives is not the beginning of another one unless the server says so.
-func (m *Machine) noteSYN(c *conn, s *Segment) {
-	if c != nil && !c.closed() && !c.in.fin && !c.serverFin {
-		return
-	}
-	if len(m.syns) >= m.limits.Handshakes {
-		for t := range m.syns { // any: a SYN flood must not push us over
-			delete(m.syns, t)
-			break
-		}
-	}
-	h := &handshake{isn: s.Seq, window: s.Window, wscale: s.Options.WScale, hasTS: s.Options.HasTS, tsval: s.Options.TSVal}
-	h.nopt = copy(h.options[:], s.RawOptions)
-	m.syns[s.Tuple] = h
-}
-
-// established takes a SYN-ACK as the beginning of a connection. The records
-// come before the SYN-ACK's release, so no client ever knows a connection that
-// the log does not.
-func (m *Machine) established(c *conn, s *Segment) *conn {
-	h := m.syns[s.Tuple]
-	if h == nil || s.Ack != h.isn.Add(1) {
-		return c
-	}
-	delete(m.syns, s.Tuple)
-	if c != nil {
-		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
-		m.forget(c)
-	}
-	cut := Cut{
-		Conn: m.newID(), Tuple: s.Tuple, RcvNxt: h.isn.Add(1), SndUna: s.Seq, SndNxt: s.Seq,
-		HasTS: h.hasTS && s.Options.HasTS, ClientTS: h.tsval, ServerTS: s.Options.TSVal,
-	}
-	if h.wscale >= 0 && s.Options.WScale >= 0 {
-		cut.SndWScale, cut.RcvWScale = uint8(h.wscale), uint8(s.Options.WScale)
-	}
-	c = newConn(cut.Conn, cut)
-	m.conns[s.Tuple] = c
-	m.depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})
-	m.depend(stream.ConnAccept{Conn: c.id, ISN: s.Seq, Options: s.RawOptions})
-	return c
 }
 
 // quarantine takes a connection out of protection whose TCP acknowledged
@@ -364,7 +371,7 @@ func (m *Machine) quarantine(c *conn, id PacketID) {
 	m.stats.Violations++
 	m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndQuarantine})
 	m.forget(c)
-	m.blocked[c.tuple] = struct{}{}
+	m.blocked[c.tuple] = notInImage
 	m.Ready.Decide(id, Drop)
 }
 
@@ -375,12 +382,16 @@ func (m *Machine) newID() stream.ConnID {
 }
 
 func (m *Machine) forget(c *conn) {
+	m.grown(c)
 	m.ahead -= c.in.kept()
 	c.in.ahead, c.in.pending = nil, 0
 	delete(m.conns, c.tuple)
 }
 
 func (m *Machine) noteAck(c *conn, s *Segment) {
+	if c.clientAck.Less(s.Ack) {
+		m.grown(c)
+	}
 	was := c.dirty
 	c.noteAck(s)
 	m.mark(c, was)

@@ -116,8 +116,7 @@ func (d *driver) packet(now time.Time, p *tcpwrap.Packet) {
 		return
 	}
 	switch {
-	case d.engine != nil && d.engine.Owns(s.Tuple):
-		d.engine.Packet(now, p.ID, &s)
+	case d.engine != nil && d.engine.Owns(s.Tuple) && d.engine.Packet(now, p.ID, &s):
 	case d.machine != nil:
 		dying := p.Dir == tcpwrap.Outbound && s.Flags&(tcpwrap.FIN|tcpwrap.RST) != 0 && d.dying()
 		d.machine.Packet(now, p.ID, &s, dying)
