@@ -145,10 +145,21 @@ type Orphan struct {
 }
 
 // Orphans are the connections that live in the log and are not among the
-// survivors.
+// survivors. A survivor may be in the log under other names as well: when
+// protection ends and begins again, what the first primary called it is no
+// connection of its own, and a reset for that would hit the survivor.
 func (l *Ledger) Orphans(survives func(stream.ConnID) bool) []Orphan {
+	survivor := map[stream.FourTuple]stream.ConnID{}
+	for id, ln := range l.lines {
+		if survives(id) {
+			survivor[ln.Tuple] = id
+		}
+	}
 	var out []Orphan
 	for id, ln := range l.lines {
+		if other, yes := survivor[ln.Tuple]; yes && other != id {
+			continue
+		}
 		quarantined := ln.Ended && ln.Reason == stream.EndQuarantine
 		if ln.Ended && !quarantined || survives(id) && !quarantined || ln.Tuple == (stream.FourTuple{}) {
 			continue

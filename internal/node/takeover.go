@@ -239,6 +239,7 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	if err := r.capsule.Announce(ctx); err != nil {
 		r.log.Warn("announce the address", "err", err)
 	}
+	r.drv.with(r.engine.Greet)
 	r.clock.step("vip-taken", &r.clock.t.VIPMS, "vip", r.svc.VIP.String())
 	return nil
 }
