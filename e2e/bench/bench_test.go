@@ -116,7 +116,7 @@ func TestParse(t *testing.T) {
 	if o, err = parse([]string{"-pairs", "3", "-only", "load"}, io.Discard); err != nil || o.Pairs != 3 || o.Slice != quickPlan.Slice || o.does("pause") {
 		t.Errorf("quick: %+v, %v", o, err)
 	}
-	for _, args := range [][]string{{"-log-at", "moon"}, {"-only", "x"}, {"load"}, {"-pairs", "x"}} {
+	for _, args := range [][]string{{"-log-at", "moon"}, {"-only", "x"}, {"load"}, {"-pairs", "x"}, {"-match", "("}} {
 		if _, err := parse(args, io.Discard); err == nil {
 			t.Errorf("%v: accepted", args)
 		}

@@ -65,16 +65,16 @@ type sample struct {
 
 // measureLoad measures every workload without and with protection, in turn.
 func measureLoad(ctx context.Context, o options, r *results) error {
-	return in(ctx, o, func(w *world) error {
+	return in(ctx, o, detectNever, func(w *world) error {
 		m := &meter{w: w, rate: map[string]float64{}}
 		var todo []workload
 		for _, l := range workloads() {
-			if strings.Contains(l.Name, o.match) {
+			if o.match.MatchString(l.Name) {
 				todo = append(todo, l)
 			}
 		}
 		if len(todo) == 0 {
-			return fmt.Errorf("no workload has %q in its name", o.match)
+			return fmt.Errorf("no workload's name matches %q", o.match)
 		}
 		pairs := make([][]pair, len(todo))
 		for i := range pairs {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"syscall"
 	"time"
 
@@ -41,9 +42,9 @@ type options struct {
 	plan
 	ftckpt string
 	out    string
-	logAt  string // "standby" or "log"
-	only   string // "load", "pause", "takeover" or all of them
-	match  string // of the workloads' names
+	logAt  string         // "standby" or "log"
+	only   string         // "load", "pause", "takeover" or all of them
+	match  *regexp.Regexp // of the workloads' names
 	say    io.Writer
 }
 
@@ -59,7 +60,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	fs.StringVar(&o.out, "out", "out/bench.json", "write the results to `FILE` too")
 	fs.StringVar(&o.logAt, "log-at", "standby", "keep the log on the `standby|log` host")
 	fs.StringVar(&o.only, "only", "", "measure `load|pause|takeover` alone")
-	fs.StringVar(&o.match, "match", "", "of the load, only workloads whose name has `TEXT` in it")
+	match := fs.String("match", "", "of the load, only workloads whose name matches `REGEXP`")
 	quick := fs.Bool("quick", false, "a run of two minutes (also BENCH_QUICK=1)")
 	fs.IntVar(&o.Pairs, "pairs", 0, "`N` pairs of measurements (default by the plan)")
 	fs.DurationVar(&o.Slice, "slice", 0, "`TIME` of one measurement (default by the plan)")
@@ -85,6 +86,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		return o, fmt.Errorf("-only %q: want load, pause or takeover", o.only)
 	}
 	var err error
+	if o.match, err = regexp.Compile(*match); err != nil {
+		return o, fmt.Errorf("-match: %w", err)
+	}
 	o.ftckpt, err = filepath.Abs(o.ftckpt)
 	return o, err
 }

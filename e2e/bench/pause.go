@@ -30,7 +30,7 @@ type pauseRun struct {
 // measurePauses takes generations of a server that a few clients keep busy.
 func measurePauses(ctx context.Context, o options, r *results) error {
 	for _, mb := range o.PauseMB {
-		err := in(ctx, o, func(w *world) error {
+		err := in(ctx, o, detectNever, func(w *world) error {
 			if err := w.fill(ctx, mb); err != nil {
 				return err
 			}

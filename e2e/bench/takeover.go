@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/ftckpt/ftckpt/internal/config"
 	"github.com/ftckpt/ftckpt/internal/control"
 )
 
@@ -40,7 +41,7 @@ func measureTakeovers(ctx context.Context, o options, r *results) error {
 		var first, stall, detect, restore, replay []float64
 		for n := range o.Takeovers {
 			o.sayf("takeover: %s fault, run %d of %d", fault, n+1, o.Takeovers)
-			err := in(ctx, o, func(w *world) error {
+			err := in(ctx, o, config.DefaultDetect, func(w *world) error {
 				run, err := w.takeOver(ctx, fault)
 				t.Runs = append(t.Runs, run)
 				first, stall = append(first, run.FirstMS), append(stall, run.StallMS)

@@ -49,7 +49,12 @@ type world struct {
 	started int // agents so far
 }
 
-func newWorld(ctx context.Context, o options) (w *world, err error) {
+// detectNever keeps a standby from taking over because a machine full of load
+// was late with a heartbeat.
+const detectNever = 30 * time.Second
+
+// newWorld builds it; detect is the silence after which the standby takes over.
+func newWorld(ctx context.Context, o options, detect time.Duration) (w *world, err error) {
 	hosts := []lab.HostSpec{
 		{Name: "client", Addr: "10.77.0.10/24"}, {Name: "primary", Addr: "10.77.0.2/24"}, {Name: "standby", Addr: "10.77.0.3/24"},
 	}
@@ -71,7 +76,7 @@ func newWorld(ctx context.Context, o options) (w *world, err error) {
 	if err := w.startServer(lctx); err != nil {
 		return nil, err
 	}
-	args := []string{"--dev", "eth0", "--name", service}
+	args := []string{"--dev", "eth0", "--name", service, "--detect", detect.String()}
 	if o.logAt == "log" {
 		lh := l.Host("log")
 		d, err := w.start(lh, lab.Service{Name: "logserver", Args: w.ftckpt(lh, "logserver", "--listen", lh.Addr().String()+":4222", "--sync", "interval")})
@@ -232,8 +237,8 @@ func (w *world) explain(err error) error {
 }
 
 // in runs f in a world of its own.
-func in(ctx context.Context, o options, f func(w *world) error) (err error) {
-	w, err := newWorld(ctx, o)
+func in(ctx context.Context, o options, detect time.Duration, f func(w *world) error) (err error) {
+	w, err := newWorld(ctx, o, detect)
 	if err != nil {
 		return err
 	}
