@@ -28,8 +28,10 @@ type FileFact struct {
 	// Hash is set for what is executed or mapped, whose content the image relies
 	// on: CRIU believes a file of the right size when it has no build-ID.
 	Hash *Hashes `json:"hash,omitempty"`
-	Dir  bool    `json:"dir,omitempty"`  // a working directory
-	Grow bool    `json:"grow,omitempty"` // opened with O_APPEND: may be longer
+	Dir  bool    `json:"dir,omitempty"` // a working directory
+	// Written is set for what the service writes: it may have any size, and its
+	// content is not the image's.
+	Written bool `json:"written,omitempty"`
 }
 
 // Hasher hashes files and remembers the hash for as long as device, inode, size
@@ -100,7 +102,7 @@ func CollectFacts(dir string, pid int, c Criu, h *Hasher) (Target, []FileFact, e
 	root := fmt.Sprintf("/proc/%d/root", pid)
 	var facts []FileFact
 	for path, use := range im.files {
-		f := FileFact{Path: path, Size: use.size, Dir: use.dir, Grow: use.append}
+		f := FileFact{Path: path, Size: use.size, Dir: use.dir, Written: use.written && !use.mapped}
 		if use.mapped {
 			sum, size, err := h.Hash(filepath.Join(root, path))
 			if err != nil {
@@ -115,8 +117,8 @@ func CollectFacts(dir string, pid int, c Criu, h *Hasher) (Target, []FileFact, e
 }
 
 type fileUse struct {
-	size                int64
-	mapped, dir, append bool
+	size                 int64
+	mapped, dir, written bool
 }
 
 type fileTable struct {
@@ -147,7 +149,7 @@ func readFileTable(dir string, tree []Task) (fileTable, error) {
 		u := t.files[name]
 		u.size = int64(r.GetSize())
 		u.dir = mode == unix.S_IFDIR
-		u.append = u.append || r.GetFlags()&unix.O_APPEND != 0
+		u.written = u.written || r.GetFlags()&accessMode != readOnly
 		t.files[name] = u
 	}
 	for i, task := range tree {
@@ -243,9 +245,9 @@ func verifyFile(f FileFact, path string, h *Hasher) string {
 		return fmt.Sprintf("cannot be read (%v)", err)
 	case f.Dir != info.IsDir():
 		return "is of another kind"
-	case f.Dir:
+	case f.Dir || f.Written:
 		return ""
-	case info.Size() < f.Size || info.Size() > f.Size && !f.Grow:
+	case info.Size() != f.Size:
 		return fmt.Sprintf("has %d octets, not %d", info.Size(), f.Size)
 	case f.Hash == nil:
 		return ""

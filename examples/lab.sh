@@ -50,7 +50,7 @@ finish() {
 	local code=$?
 	trap - EXIT INT TERM
 	# The agents first: they take their capsule along.
-	for p in ${agents:-}; do kill -9 "$p" 2>/dev/null || true; done
+	for p in ${agents:-}; do kill -9 "$p" 2>/dev/null || true; wait "$p" 2>/dev/null || true; done
 	capsules=$(sed -n 's/.*"pid":\([0-9]*\),.*/\1/p' "$dir"/*/capsule-*.json 2>/dev/null || true)
 	for p in $capsules; do kill -9 "$p" 2>/dev/null || true; done
 	lab_down $lab
@@ -101,5 +101,6 @@ start_pair() {
 	await 30 "the first generation" grep -q '^protected' "$dir/primary.out"
 }
 
-# status HOST FIELD: one field of ftckpt status --json.
-status() { "$ftckpt" status --name redis --run-dir "$dir/$1" --json | tr -d ' \n' | grep -o "$2[^,}]*" | head -n 1 | sed 's/.*://'; }
+# status HOST FIELD: one field of ftckpt status --json, which ends with 5 as long
+# as no standby has the newest generation.
+status() { { "$ftckpt" status --name redis --run-dir "$dir/$1" --json || [ $? = 5 ]; } | tr -d ' \n' | grep -o "$2[^,}]*" | head -n 1 | sed 's/.*://'; }

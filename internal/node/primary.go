@@ -262,8 +262,10 @@ func (p *primary) leaveHost(why error) error {
 			break
 		}
 	}
-	_ = p.drv.close()
-	_ = p.w.Close()
+	if p.drv != nil { // it was the primary in this process
+		_ = p.drv.close()
+		_ = p.w.Close()
+	}
 	return why
 }
 

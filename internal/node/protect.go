@@ -6,24 +6,22 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
+	"net/netip"
 	"os"
+	"slices"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/ftckpt/ftckpt/checkpoint"
+	"github.com/ftckpt/ftckpt/checkpoint/check"
 	"github.com/ftckpt/ftckpt/internal/config"
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
-	"github.com/ftckpt/ftckpt/internal/l2"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
 
 const (
-	openTime  = 10 * time.Second
-	probeTime = 600 * time.Millisecond
+	openTime = 10 * time.Second
 	// ownerSilence is how long the owner of the newest fence must be silent
 	// before a node that is told to protect the same service believes it gone.
 	ownerSilence = time.Second
@@ -45,7 +43,10 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	if err != nil {
 		return exitcode.Wrap(exitcode.Unsuitable, err)
 	}
-	svc, err := examine(ctx, cfg)
+	if err := criu.Warm(ctx); err != nil {
+		log.Warn("prepare CRIU", "err", err)
+	}
+	svc, err := examine(cfg)
 	if err != nil {
 		return err
 	}
@@ -76,7 +77,15 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		return err
 	}
 	defer os.RemoveAll(p.dir)
-	if err := p.claim(ctx, watch); err != nil {
+	prev, err := p.mayClaim(ctx)
+	if err != nil {
+		return err
+	}
+	// Only now: an address in use means something else to one who was replaced.
+	if err := checkVIP(ctx, cfg); err != nil {
+		return err
+	}
+	if err := p.claim(ctx, watch, prev); err != nil {
 		return err
 	}
 	sctx, stop := context.WithCancel(ctx)
@@ -89,63 +98,49 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	return p.run(ctx)
 }
 
-// examine finds out whether this process can be protected at this address.
-func examine(ctx context.Context, cfg config.Protect) (service, error) {
+// examine finds out whether this process can be protected.
+func examine(cfg config.Protect) (service, error) {
 	svc := service{Name: cfg.Name, VIP: cfg.VIP, Ports: cfg.Ports, Dev: cfg.Dev, Interval: cfg.Interval}
+	target, err := check.InspectTarget(cfg.PID)
+	if err != nil {
+		return svc, exitcode.Wrap(exitcode.Unsuitable, err)
+	}
+	if err := target.Err(); err != nil {
+		return svc, exitcode.Wrap(exitcode.Unsuitable, err)
+	}
+	if !sameNetNS(cfg.PID) {
+		return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d is in another network namespace: run ftckpt protect in there (nsenter -t %d -n)", cfg.PID, cfg.PID)
+	}
+	if len(svc.Ports) == 0 {
+		svc.Ports = portsAt(target.Listeners, cfg.VIP.Addr())
+	}
 	if len(svc.Ports) == 0 {
 		return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: bind the server to that address (or to all), or give the right --vip", cfg.PID, cfg.VIP.Addr())
-	}
-	if err := checkVIP(ctx, cfg); err != nil {
-		return svc, err
 	}
 	return svc, nil
 }
 
-// checkVIP makes sure that the address is here and nowhere else.
-func checkVIP(ctx context.Context, cfg config.Protect) error {
-	link, err := netlink.LinkByName(cfg.Dev)
+// sameNetNS reports whether a process is in this one's network namespace, where
+// the packet rules are going to be.
+func sameNetNS(pid int) bool {
+	ours, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
-		return exitcode.Wrap(exitcode.Config, fmt.Errorf("find interface %s: %w", cfg.Dev, err))
+		return true // no namespaces to be different in
 	}
-	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("list addresses of %s: %w", cfg.Dev, err)
-	}
-	here := false
-	for _, a := range addrs {
-		here = here || a.IP.Equal(net.IP(cfg.VIP.Addr().AsSlice()))
-	}
-	if !here {
-		return exitcode.Errorf(exitcode.Config, "%s is not an address of %s: add it (ip addr add %s dev %s) and bind the server to it, or give the right --vip and --dev",
-			cfg.VIP.Addr(), cfg.Dev, cfg.VIP, cfg.Dev)
-	}
-	mac, used, err := l2.Probe(ctx, cfg.Dev, cfg.VIP.Addr(), probeTime)
-	if err != nil {
-		return fmt.Errorf("ask the network for %s: %w", cfg.VIP.Addr(), err)
-	}
-	if used {
-		return exitcode.Errorf(exitcode.Config, "%s is in use on the network by %s as well: another host serves it (was it taken over?); find it before you protect this one", cfg.VIP.Addr(), mac)
-	}
-	return nil
+	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
+	return err != nil || ours == theirs
 }
 
-func removeVIP(cfg config.Protect) error {
-	link, err := netlink.LinkByName(cfg.Dev)
-	if err != nil {
-		return fmt.Errorf("find interface %s: %w", cfg.Dev, err)
-	}
-	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("list addresses of %s: %w", cfg.Dev, err)
-	}
-	for i := range addrs {
-		if addrs[i].IP.Equal(net.IP(cfg.VIP.Addr().AsSlice())) {
-			if err := netlink.AddrDel(link, &addrs[i]); err != nil {
-				return fmt.Errorf("remove %s from %s: %w", cfg.VIP, cfg.Dev, err)
-			}
+// portsAt are the ports on which listeners hear what is sent to addr.
+func portsAt(listeners []check.Listener, addr netip.Addr) []uint16 {
+	var ports []uint16
+	for _, l := range listeners {
+		if a := l.Addr.Addr(); a.IsUnspecified() || a.Unmap() == addr {
+			ports = append(ports, l.Addr.Port())
 		}
 	}
-	return nil
+	slices.Sort(ports)
+	return slices.Compact(ports)
 }
 
 // logConfig says where a service's log is; embed is where to listen when it is
@@ -174,13 +169,9 @@ func openLog(ctx context.Context, cfg config.Protect) (*stream.Log, error) {
 	return stream.Open(ctx, c)
 }
 
-// claim becomes the primary: fence first, then packet rules, then the first
-// record.
-func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch) error {
-	prev, err := p.mayClaim(ctx)
-	if err != nil {
-		return err
-	}
+// claim becomes the primary after the one of the fence at prev: fence first,
+// then packet rules, then the first record.
+func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch, prev stream.StreamSeq) (err error) {
 	if p.w, err = p.lg.AcquireIf(ctx, p.node, prev); err != nil {
 		if errors.Is(err, stream.ErrFenced) {
 			return exitcode.Wrap(exitcode.Fenced, fmt.Errorf("become the primary of %s: %w", p.svc.Name, err))
@@ -211,8 +202,7 @@ func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch) error {
 }
 
 // mayClaim reads who was the primary. A node that lives keeps its service: a
-// restarted agent of a server that was taken over must not win it back, and it
-// leaves the rules that keep the old server silent.
+// restarted agent of a server that was taken over must not win it back.
 func (p *primary) mayClaim(ctx context.Context) (prev stream.StreamSeq, err error) {
 	f, err := p.lg.LastFence(ctx)
 	if errors.Is(err, stream.ErrMissing) {
@@ -222,6 +212,9 @@ func (p *primary) mayClaim(ctx context.Context) (prev stream.StreamSeq, err erro
 		return 0, fmt.Errorf("read the newest fence: %w", err)
 	}
 	if f.Node != p.node {
+		if err := p.makeWay(f); err != nil {
+			return 0, err
+		}
 		there, err := alive(ctx, p.lg, f.Node)
 		if err != nil {
 			return 0, err
@@ -233,6 +226,22 @@ func (p *primary) mayClaim(ctx context.Context) (prev stream.StreamSeq, err erro
 	l, err := readLegacy(ctx, p.lg, p.store)
 	p.lastID, p.nextConn = l.gen.ID, l.nextConn
 	return f.Seq, err
+}
+
+// makeWay takes the service off this host if its agent was killed as the
+// primary and owner has taken over since, whether that one still lives or not:
+// the rules tell, which the agent could not remove. Server and connections here
+// are of the past, and the address is another host's.
+func (p *primary) makeWay(owner stream.Fence) error {
+	left, err := tcpwrap.Installed(p.where.netns, p.rules.Name)
+	if err != nil {
+		return fmt.Errorf("look for packet rules of an earlier agent: %w", err)
+	}
+	if len(left) == 0 {
+		return nil
+	}
+	return p.leaveHost(exitcode.Errorf(exitcode.Fenced, "%s was taken over by node %s (epoch %d) while nothing watched this server: it is not the service any more, and %s was removed from this host",
+		p.svc.Name, owner.Node, owner.Epoch, p.svc.VIP.Addr()))
 }
 
 // legacy is what earlier epochs leave in the log.

@@ -96,7 +96,11 @@ func (s *standby) resume(ctx context.Context, r *resident) error {
 	if p.dir, err = imageDir(s.cfg.Common, s.cfg.Name+"-primary"); err != nil {
 		return err
 	}
-	if err := p.claim(ctx, watch); err != nil {
+	prev, err := p.mayClaim(ctx)
+	if err == nil {
+		err = p.claim(ctx, watch, prev)
+	}
+	if err != nil {
 		s.capsule.Release()
 		return err
 	}

@@ -90,6 +90,9 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 	if s.criu, err = checkpoint.Locate(ctx, ""); err != nil {
 		return exitcode.Wrap(exitcode.Unsuitable, err)
 	}
+	if err := s.criu.Warm(ctx); err != nil { // or the first restore is ten times slower
+		log.Warn("prepare CRIU", "err", err)
+	}
 	if err := s.openLog(ctx); err != nil {
 		return err
 	}
@@ -111,10 +114,12 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 			log.Error("control socket", "err", err)
 		}
 	}()
+	line := "standing by"
 	if s.srv != nil {
-		if err := ready.Announce(out, "join: "+s.srv.JoinString(), "standing by for "+cfg.Name); err != nil {
-			return err
-		}
+		line = "join: " + s.srv.JoinString()
+	}
+	if err := ready.Announce(out, line, "standing by for "+cfg.Name); err != nil {
+		return err
 	}
 	if left != nil {
 		return s.resume(ctx, left)

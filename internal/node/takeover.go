@@ -206,6 +206,9 @@ func (r *recovery) plan() error {
 	if err := checkpoint.PatchSockets(r.loc.dir, patches); err != nil {
 		return fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
 	}
+	if _, err := checkpoint.ForgetSizes(r.loc.dir); err != nil {
+		return fmt.Errorf("prepare generation %d: %w", r.loc.gen.ID, err)
+	}
 	r.engine = replay.NewEngine(survivors)
 	return nil
 }
