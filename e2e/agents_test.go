@@ -225,13 +225,17 @@ func (w *world) checkpoint(primary, standby *lab.Host) control.CheckpointResult 
 	return r
 }
 
-// takenOver waits until a standby is the primary and live.
-func (w *world) takenOver(h *lab.Host) control.Status {
+// takenOver waits until a standby is the primary and live, having reset so
+// many connections.
+func (w *world) takenOver(h *lab.Host, resets int) control.Status {
 	w.Helper()
 	s := w.untilStatus(h, "it is the primary", func(s control.Status) bool { return s.Role == control.RolePrimary })
 	if s.Takeover == nil {
 		w.Errorf("status of %s: a takeover without times", h.Name())
 	} else {
+		if s.Takeover.Resets != resets {
+			w.Errorf("status of %s: %d connections reset, want %d", h.Name(), s.Takeover.Resets, resets)
+		}
 		w.Logf("takeover on %s: total %.0f ms (detect %.0f, fence %.0f, address %.0f, restore %.0f, replay %.0f), %d connections, %d resets",
 			h.Name(), s.Takeover.TotalMS, s.Takeover.DetectMS, s.Takeover.FenceMS, s.Takeover.VIPMS, s.Takeover.RestoreMS, s.Takeover.ReplayMS, s.Takeover.Connections, s.Takeover.Resets)
 	}

@@ -46,7 +46,7 @@ func TestDeathUnderLoad(t *testing.T) {
 				w.somewhen(1500 * time.Millisecond)
 				d.do(w, redis)
 				died := time.Now()
-				w.takenOver(w.standby)
+				w.takenOver(w.standby, 0)
 				l.past(died)
 				l.finish()
 				if d.name == "process" {
@@ -69,7 +69,7 @@ func TestDeathWithLoss(t *testing.T) {
 			w.somewhen(time.Second)
 			d.do(w, redis)
 			died := time.Now()
-			w.takenOver(w.standby)
+			w.takenOver(w.standby, 0)
 			l.past(died)
 			w.must(w.client.Loss(0))
 			l.finish()

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -155,7 +156,7 @@ func (w *world) capture(h *lab.Host) *lab.Capture {
 // end stops everything, the agents in the way their users do, and looks for
 // what they left.
 func (w *world) end() {
-	for _, a := range w.agents {
+	for _, a := range slices.Backward(w.agents) { // who needs the log before who keeps it
 		a.stop()
 	}
 	for _, s := range w.servers {

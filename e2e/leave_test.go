@@ -1,0 +1,66 @@
+package e2e
+
+import (
+	"testing"
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/exitcode"
+)
+
+// Protection ends and begins again under load, and nobody notices.
+func TestProtectEndsAndBeginsAgain(t *testing.T) {
+	w := newWorld(t)
+	redis, protect, standby := w.pair()
+	l := w.startLoad(busy)
+	idle := w.dial()
+	w.checkpoint(w.primary, w.standby)
+
+	protect.stop()
+	protect.exits(exitcode.OK)
+	ended := time.Now()
+	if r := w.rules(w.primary); len(r) != 0 {
+		t.Errorf("rules are left: %q", r)
+	}
+	w.unharmed(redis)
+	l.past(ended)
+	// Five times the silence after which a primary that had died is replaced.
+	for time.Since(ended) < time.Second {
+		if s, ok := w.status(w.standby); ok && s.Role != control.RoleStandby {
+			t.Fatalf("the standby is %s, although protection ended on purpose", s.Role)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+
+	w.protect(redis.PID(), standby.join)
+	w.checkpoint(w.primary, w.standby)
+	w.somewhen(500 * time.Millisecond)
+	redis.kill(w)
+	died := time.Now()
+	w.takenOver(w.standby, 0)
+	w.check(idle.quiet(), idle.ask("all the time"))
+	l.past(died)
+	l.finish()
+}
+
+// The standby may go and come back, too.
+func TestStandbyComesBack(t *testing.T) {
+	w := newWorld(t)
+	log := w.startLog()
+	redis := w.startRedis(w.primary)
+	standby := w.startStandby(w.standby, log.join)
+	w.protect(redis.PID(), log.join)
+	l := w.startLoad(busy)
+	w.untilStatus(w.primary, "it is protected", func(s control.Status) bool { return s.Protected })
+	standby.kill()
+	w.untilStatus(w.primary, "it is unprotected", func(s control.Status) bool { return !s.Protected && len(s.Standbys) == 0 })
+	l.past(time.Now()) // the log is elsewhere: the service goes on
+	w.startStandby(w.standby, log.join)
+	w.untilStatus(w.primary, "it is protected again", func(s control.Status) bool { return s.Protected })
+	w.checkpoint(w.primary, w.standby)
+	w.must(w.primary.Kill())
+	died := time.Now()
+	w.takenOver(w.standby, 0)
+	l.past(died)
+	l.finish()
+}
