@@ -4,7 +4,8 @@
 #   deps.sh [runtime] [test] [criu]        (no argument: all three)
 #
 #   runtime  iptables, ip, nsenter, ps/sysctl
-#   test     redis-server and its tools, tcpdump; no service is left running
+#   test     redis-server and its tools, tcpdump, a C compiler for the race
+#            detector; no service is left running
 #   criu     a CRIU that really dumps and restores an established TCP
 #            connection on this kernel: the distribution's where it does, else
 #            a newer suite's in a private directory
@@ -316,6 +317,8 @@ for part in "$@"; do
 		need redis-server redis-server
 		need redis-cli redis-tools
 		need tcpdump tcpdump
+		need gcc gcc # with libc6-dev, for the race detector
+		[ -e /usr/include/stdlib.h ] || MISSING+=(libc6-dev)
 		;;
 	criu)
 		# What the probe itself needs.
