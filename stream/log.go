@@ -170,6 +170,9 @@ func (l *Log) create(ctx context.Context) error {
 				s, err = js.Stream(ctx, want.Name)
 			}
 		}
+		if errors.Is(err, nats.ErrNoResponders) {
+			return fmt.Errorf("%w: the server runs without JetStream; enable it there", ErrRefused)
+		}
 		if err != nil {
 			return fmt.Errorf("create stream %s: %w", want.Name, classify(err))
 		}

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -117,7 +116,6 @@ func startChild(t *testing.T, c child) *process {
 	}
 	p := &process{cmd: exec.Command(exe)}
 	p.cmd.Env = append(os.Environ(), childEnv+"="+string(spec))
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	p.cmd.Stderr = os.Stderr
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -155,7 +153,7 @@ type target struct {
 	addr   func() string // to put a proxy before
 	// crash kills the process that leads the log with SIGKILL and starts it
 	// again; nil where that is this process.
-	crash func(t *testing.T, l *Log)
+	crash func(l *Log)
 }
 
 func freeAddr(t *testing.T) string {
@@ -202,7 +200,7 @@ func separate(t *testing.T) *target {
 		config: func(service string, via *proxy) Config {
 			return Config{Service: service, Join: joinVia(p.said, via)}
 		},
-		crash: func(t *testing.T, l *Log) {
+		crash: func(l *Log) {
 			p.kill()
 			was := p.said
 			if p = startChild(t, c); p.said != was {
@@ -232,7 +230,7 @@ func cluster(t *testing.T) *target {
 			}
 			return Config{Service: service, URL: u, Token: clusterPw, Replicas: n}
 		},
-		crash: func(t *testing.T, l *Log) {
+		crash: func(l *Log) {
 			st, err := l.Status(t.Context())
 			if err != nil {
 				t.Fatal(err)
