@@ -111,8 +111,14 @@ func examine(cfg config.Protect) (service, error) {
 	if !sameNetNS(cfg.PID) {
 		return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d is in another network namespace: run ftckpt protect in there (nsenter -t %d -n)", cfg.PID, cfg.PID)
 	}
+	heard := portsAt(target.Listeners, cfg.VIP.Addr())
+	for _, p := range svc.Ports {
+		if !slices.Contains(heard, p) {
+			return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: it listens on ports %v of %s", cfg.PID, netip.AddrPortFrom(cfg.VIP.Addr(), p), heard, cfg.VIP.Addr())
+		}
+	}
 	if len(svc.Ports) == 0 {
-		svc.Ports = portsAt(target.Listeners, cfg.VIP.Addr())
+		svc.Ports = heard
 	}
 	if len(svc.Ports) == 0 {
 		return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: bind the server to that address (or to all), or give the right --vip", cfg.PID, cfg.VIP.Addr())
