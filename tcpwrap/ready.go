@@ -41,11 +41,12 @@ func (o *Outgoing) addrs() (src, dst netip.AddrPort) {
 }
 
 // Ready is what a machine wants done. It is plain data (after etcd-io/raft's
-// Ready), valid until the machine's next event. The order of the caller's
-// duties is part of the contract:
+// Ready). Each event adds to it; the caller may carry it out once after several
+// Packet events, as long as their packets' memory stays good, and must before
+// any other event. The order of the caller's duties is part of the contract:
 //
 //  1. append Records to the log, in order; their payloads alias the packets
-//     of the event, so they must be encoded before anything else happens;
+//     of the events, so they must be encoded before that memory is used again;
 //  2. send Segments, in order;
 //  3. give the Verdicts, in order.
 //

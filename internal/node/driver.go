@@ -33,6 +33,7 @@ type driver struct {
 	engine  *replay.Engine   // nil but during and just after a takeover
 	writer  *stream.Writer
 	dying   func() bool // of the server process, for its FIN and RST
+	bear    func(*replay.Birth)
 	failed  func(error) // the log ended or refused a record
 
 	congested bool
@@ -92,10 +93,15 @@ func (d *driver) receive() {
 		}
 		now := time.Now()
 		d.mu.Lock()
+		// One Ready for all of them: their data is good until the next Recv, and
+		// what they have to log goes into one batch.
 		for i := range packets {
 			d.packet(now, &packets[i])
-			d.carryOut()
+			if d.engine != nil {
+				d.carryOut()
+			}
 		}
+		d.carryOut()
 		if err := d.dp.Flush(); err != nil {
 			d.log.Error("give verdicts", "err", err)
 		}
@@ -131,6 +137,11 @@ func (d *driver) carryOut() {
 		d.perform(&d.machine.Ready)
 	}
 	if d.engine != nil {
+		for i := range d.engine.Births {
+			d.bear(&d.engine.Births[i])
+		}
+		clear(d.engine.Births)
+		d.engine.Births = d.engine.Births[:0]
 		d.perform(&d.engine.Ready)
 	}
 }
