@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -21,6 +22,7 @@ type Entry struct {
 const (
 	pullBytes     = 16 << 20 // more than 32 MiB made replay far slower
 	pullHeartbeat = 500 * time.Millisecond
+	refusedFor    = 15 * time.Second // a refusal that lasts longer is one
 	readerIdle    = 30 * time.Second // after which the server forgets a consumer that is gone
 )
 
@@ -38,7 +40,8 @@ type Reader struct {
 
 	conn *conn
 	iter jetstream.MessagesContext
-	fail int // tries to open in a row that failed
+	fail int       // tries to open in a row that failed
+	down time.Time // when the first of them did
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -117,7 +120,12 @@ func (r *Reader) Close() error {
 func (r *Reader) pull(ctx context.Context) error {
 	if r.iter == nil {
 		if err := r.connect(ctx); err != nil {
-			if errors.Is(err, ErrRefused) {
+			if r.fail == 0 {
+				r.down = time.Now()
+			}
+			// A server that has just started, or a cluster that elects, may refuse
+			// what it grants a moment later; a wrong secret stays wrong.
+			if errors.Is(err, ErrRefused) && (time.Since(r.down) > refusedFor || errors.Is(err, nats.ErrAuthorization)) {
 				return err
 			}
 			r.fail++
