@@ -21,9 +21,9 @@ type Attrs struct {
 	// ClientTSVal is a TSval of the client: none that it sends, or that is
 	// injected for it, may be older (PAWS, RFC 7323 section 5).
 	ClientTSVal uint32
-	// ServerTSVal is the TSval that the new socket has at the moment its ACK is
-	// taken; from there it counts milliseconds. It must be beyond every TSval
-	// that the client has seen.
+	// ServerTSVal is the TSval that the server's clock shows when Want is called;
+	// it runs on from there, a millisecond a step, whenever the ACK comes. It must
+	// be beyond every TSval that the client has seen.
 	ServerTSVal uint32
 
 	MSS       uint16 // the client's, as in its SYN

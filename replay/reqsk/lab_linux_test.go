@@ -11,11 +11,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"regexp"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -63,6 +63,9 @@ func newLab(t testing.TB, v6 bool) *lab {
 	for _, ns := range []string{l.client, l.old, l.new} {
 		run(t, "ip", "netns", "add", ns)
 		t.Cleanup(func() { run(t, "ip", "netns", "del", ns) })
+		// Until a device's own address is known to be nobody else's, which takes
+		// two seconds, nothing is sent from it.
+		sysctl(t, ns, "net/ipv6/conf/default/accept_dad", "0")
 	}
 	fmt.Fprintf(&script, "link set lo up\naddr add %v dev lo\n", l.prefix(l.caddr))
 	for i, dev := range []string{"cold", "cnew"} {
@@ -193,19 +196,18 @@ func accept(t testing.TB, ln *net.TCPListener) *net.TCPConn {
 
 // server answers every octet with one that depends on its place in the stream,
 // so that a lost, doubled or foreign octet shows from there on.
-func server(t testing.TB, ln *net.TCPListener) {
+func server(t testing.TB, ln *net.TCPListener) *served {
+	s := &served{open: map[string]*net.TCPConn{}}
 	var wg sync.WaitGroup
-	var mu sync.Mutex
-	var open []*net.TCPConn
 	wg.Go(func() {
 		for {
 			c, err := ln.AcceptTCP()
 			if err != nil {
 				return
 			}
-			mu.Lock()
-			open = append(open, c)
-			mu.Unlock()
+			s.mu.Lock()
+			s.open[c.RemoteAddr().String()] = c
+			s.mu.Unlock()
 			wg.Go(func() {
 				defer c.Close()
 				pos, buf := 0, make([]byte, 32<<10)
@@ -222,14 +224,27 @@ func server(t testing.TB, ln *net.TCPListener) {
 	})
 	t.Cleanup(func() {
 		ln.Close()
-		mu.Lock()
-		for _, c := range open {
+		s.mu.Lock()
+		for _, c := range s.open {
 			c.SetLinger(0)
 			c.Close()
 		}
-		mu.Unlock()
+		s.mu.Unlock()
 		wg.Wait()
 	})
+	return s
+}
+
+// served are a server's connections by their client's address.
+type served struct {
+	mu   sync.Mutex
+	open map[string]*net.TCPConn
+}
+
+func (s *served) conn(k *talker) *net.TCPConn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.open[k.tuple.Client.String()]
 }
 
 func answer(b []byte, pos int) {
@@ -488,8 +503,9 @@ type gate struct {
 	live   bool
 	held   []tcpwrap.PacketID
 	swall  map[stream.FourTuple]*swallow
-	resets int // of the new server's TCP, dropped
-	out    int // packets of the new server's TCP
+	linger time.Duration // between Want and the ACK
+	resets int           // of the new server's TCP, dropped
+	out    int           // packets of the new server's TCP
 }
 
 type swallow struct {
@@ -613,6 +629,7 @@ func (g *gate) recreate(t testing.TB, r *Recreator, k *talker, c *seen) {
 	if err := r.Result(k.tuple); !errors.Is(err, ErrWaiting) {
 		t.Fatalf("before the ACK: %v", err)
 	}
+	time.Sleep(g.linger)
 	g.sendACK(t, k.tuple, c, a)
 	eventually(t, "a socket for the connection", func() bool {
 		st, err := r.State(k.tuple)
@@ -684,16 +701,35 @@ func (l *lab) recreator(t testing.TB) *Recreator {
 	return r
 }
 
-var ssFields = regexp.MustCompile(`\b(ts|sack|wscale:\S+|mss:\d+|rcvmss:\d+|advmss:\d+)( |$)`)
+// agreed is what a socket's ends have agreed on.
+type agreed struct {
+	options        uint8 // 1 timestamps, 2 SACK, 4 window scaling, 8 ECN
+	scales         uint8 // both ways
+	sndMSS, advMSS uint32
+	pmtu           uint32
+	congestion     string
+}
 
-// ss shows what a namespace's sockets have agreed on with a client.
-func ss(t testing.TB, ns string, client netip.AddrPort) (fields []string, all string) {
+func inspect(t testing.TB, c *net.TCPConn) agreed {
 	t.Helper()
-	all = run(t, "ip", "netns", "exec", ns, "ss", "-tinH", "state", "connected", "dst", client.String())
-	for _, f := range ssFields.FindAllStringSubmatch(all, -1) {
-		if !strings.HasPrefix(f[1], "rcvmss") {
-			fields = append(fields, f[1])
-		}
+	rc, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return fields, strings.Join(strings.Fields(all), " ")
+	var a agreed
+	cerr := rc.Control(func(fd uintptr) {
+		var i *unix.TCPInfo
+		if i, err = unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO); err != nil {
+			return
+		}
+		// The octet after Options is two fields of four bits, which package unix
+		// does not show.
+		a = agreed{options: i.Options, sndMSS: i.Snd_mss, advMSS: i.Advmss, pmtu: i.Pmtu,
+			scales: *(*uint8)(unsafe.Add(unsafe.Pointer(&i.Options), 1))}
+		a.congestion, err = unix.GetsockoptString(int(fd), unix.SOL_TCP, unix.TCP_CONGESTION)
+	})
+	if err = errors.Join(err, cerr); err != nil {
+		t.Fatal(err)
+	}
+	return a
 }

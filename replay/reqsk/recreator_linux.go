@@ -105,13 +105,17 @@ func (r *Recreator) inside(fn func() error) error {
 // what the connection negotiated. At most 65,536 connections are wanted at a
 // time.
 func (r *Recreator) Want(t stream.FourTuple, a Attrs) error {
+	since, err := monotonic()
+	if err != nil {
+		return fmt.Errorf("want %v: %w", t, err)
+	}
 	if err := a.check(t); err != nil {
 		return fmt.Errorf("want %v: %w", t, err)
 	}
 	if err := r.permit(&a); err != nil {
 		return fmt.Errorf("want %v: %w", t, err)
 	}
-	w := reqskConnWant{Seq: uint32(a.ClientISN.Add(1)), Ack: uint32(a.ServerISN.Add(1))}
+	w := reqskConnWant{Since: since, Seq: uint32(a.ClientISN.Add(1)), Ack: uint32(a.ServerISN.Add(1))}
 	w.Attrs.Mss = a.MSS
 	w.Attrs.SackOk, w.Attrs.EcnOk = octet(a.SACKOK), octet(a.ECNOK)
 	if a.WScaleOK {
@@ -146,6 +150,15 @@ func (r *Recreator) permit(a *Attrs) error {
 		}
 		return nil
 	})
+}
+
+// monotonic is the clock that the BPF program reads too.
+func monotonic() (ns uint64, err error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		return 0, fmt.Errorf("read clock: %w", err)
+	}
+	return uint64(ts.Nano()), nil
 }
 
 func octet(b bool) uint8 {

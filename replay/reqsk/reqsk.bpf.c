@@ -25,6 +25,7 @@ char _license[] SEC("license") = "GPL";
 #define MAX_WANTED 65536
 #define IP_FRAGMENT 0x3fff /* MF and the offset */
 #define IPV6_VERSION 6
+#define NS_PER_MS 1000000
 
 /* The kernel's own types, as far as they are used here. */
 struct sock {
@@ -66,11 +67,13 @@ struct conn_key {
 };
 
 struct conn_want {
+	__u64 since; /* when the server's clock showed rcv_tsecr: CLOCK_MONOTONIC, ns */
 	struct bpf_tcp_req_attrs attrs;
 	__u32 seq; /* of the ACK, host order */
 	__u32 ack;
 	__u32 state;
 	__s32 detail;
+	__u32 pad;
 };
 
 struct {
@@ -125,6 +128,7 @@ static __always_inline int attempt(struct __sk_buff *skb, struct conn_want *w,
 		bpf_sk_release(skc);
 		return TC_ACT_SHOT;
 	}
+	attrs.rcv_tsecr += (bpf_ktime_get_ns() - w->since) / NS_PER_MS;
 	err = bpf_sk_assign_tcp_reqsk(skb, sk, &attrs, sizeof(attrs));
 	bpf_sk_release(skc);
 	if (err) {

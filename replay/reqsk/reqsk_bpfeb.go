@@ -23,6 +23,7 @@ type reqskConnKey struct {
 
 type reqskConnWant struct {
 	_     structs.HostLayout
+	Since uint64
 	Attrs struct {
 		_         structs.HostLayout
 		RcvTsval  uint32
@@ -41,6 +42,7 @@ type reqskConnWant struct {
 	Ack    uint32
 	State  uint32
 	Detail int32
+	Pad    uint32
 }
 
 // Names of all BPF objects in the ELF.
