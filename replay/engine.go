@@ -24,6 +24,10 @@ const (
 	// patience is how long a connection that lags after go-live may be silent
 	// where the old server spoke; then it is taken for one that went another way.
 	patience = 30 * time.Second
+	// maxBirths is how many connections may be made before the server has been
+	// idle, that is, has accepted them: an accept queue that is full drops them
+	// without a word.
+	maxBirths = 64
 	// resend is how many segments one retransmission repeats.
 	resend = 64
 	// maxQueued is how many octets may wait to be injected (Engine.Full).
@@ -39,6 +43,7 @@ type Survivor struct {
 	Cut   tcpwrap.Cut      // as in the image
 	State stream.ConnState // newest in the log; zero when there is none
 	Known bool             // State is set
+	Ended bool             // it has ended since: what it made the server do has not
 	TS    uint32           // the timestamp clock the image was restored with
 }
 
@@ -50,7 +55,8 @@ type Survivor struct {
 // safe for concurrent use. The order of events is Start, then Feed in the log's
 // order, Fed at the log's end, and Packet and Tick at any time; when Done, GoLive.
 type Engine struct {
-	Ready tcpwrap.Ready
+	Ready  tcpwrap.Ready
+	Births []Birth // to be done before Ready, and then emptied by the caller
 
 	lines  []*line // in the order of the survivors
 	conns  map[stream.FourTuple]*line
@@ -59,6 +65,8 @@ type Engine struct {
 	behind []*line // lagging: no longer hold the others up
 	queued int
 	begun  bool // the restored TCP is there
+	busy   bool // the restored server is at work
+	births int  // connections made since it was last idle
 	fed    bool
 	live   bool
 
@@ -92,6 +100,7 @@ const (
 	evData eventKind = iota
 	evFin
 	evReset
+	evOpen
 )
 
 type event struct {
@@ -134,14 +143,20 @@ type line struct {
 	kReset bool
 	kTS    uint32
 
-	clientTS uint32
-	lagging  bool // no longer holds the others up
-	gone     bool // dropped
-	moved    time.Time
-	grew     time.Time // when it last made progress, probes apart
-	probes   int
-	kept     []tcpwrap.PacketID
-	keptEnd  seqnum.Value // end of what is kept
+	clientTS   uint32
+	birth      *Birth // of a newborn; nil for what is in the image
+	born       bool
+	answered   bool // its client has acknowledged the SYN-ACK
+	openQueued bool
+	ended      bool // it is over: all its output is swallowed
+
+	lagging bool // no longer holds the others up
+	gone    bool // dropped
+	moved   time.Time
+	grew    time.Time // when it last made progress, probes apart
+	probes  int
+	kept    []tcpwrap.PacketID
+	keptEnd seqnum.Value // end of what is kept
 }
 
 // NewEngine begins a roll-forward.
@@ -154,7 +169,7 @@ func NewEngine(survivors []Survivor) *Engine {
 			cut: c, injNxt: c.RcvNxt, logged: c.RcvNxt, finLogged: c.ClientFin,
 			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd),
 			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kSure: c.SndUna, kFin: c.ServerFin,
-			kTS: s.TS, clientTS: c.ClientTS,
+			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended,
 		}
 		if s.Known {
 			l.ack = seqnum.Max(l.ack, s.State.ClientAck)
@@ -174,7 +189,9 @@ func (e *Engine) Start(now time.Time) {
 	e.begun = true
 	for _, l := range e.lines {
 		l.moved, l.grew = now, now
-		e.acknowledge(l)
+		if l.birth == nil {
+			e.acknowledge(l)
+		}
 	}
 }
 
@@ -182,6 +199,8 @@ func (e *Engine) Start(now time.Time) {
 // survivors and octets that are in the image are left out.
 func (e *Engine) Feed(now time.Time, r stream.Record) {
 	switch r := r.(type) {
+	case stream.ConnOpen:
+		e.opened(r.Conn)
 	case stream.Bytes:
 		e.queue(r.Conn, event{evData, r.Seq, r.Payload})
 	case stream.ClientFin:
@@ -194,7 +213,7 @@ func (e *Engine) Feed(now time.Time, r stream.Record) {
 
 func (e *Engine) queue(id stream.ConnID, ev event) {
 	l := e.byID[id]
-	if l == nil || l.reset || l.gap != "" {
+	if l == nil || l.reset || l.gap != "" || l.unborn() && !l.openQueued {
 		return
 	}
 	switch ev.kind {
@@ -220,6 +239,17 @@ func (e *Engine) queue(id stream.ConnID, ev event) {
 	e.queued += len(ev.data)
 	if !l.lagging {
 		e.order = append(e.order, l)
+	}
+}
+
+// Busy tells the engine whether the restored server is at work or waits for
+// something to happen. While it is at work nothing stands still, however long it
+// takes on a loaded host, and a connection whose window is shut is waited for:
+// letting others overtake it is for when nothing else helps.
+func (e *Engine) Busy(yes bool) {
+	e.busy = yes
+	if !yes {
+		e.births = 0
 	}
 }
 
@@ -259,6 +289,9 @@ func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) 
 // it says about the outstream: it is newer than anything the log has.
 func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) {
 	l := e.conns[s.Tuple]
+	if l != nil && l.unborn() && e.answeredNow(l, s) {
+		l = nil
+	}
 	if l != nil && s.Flags.Has(tcpwrap.ACK) && s.Flags&(tcpwrap.RST|tcpwrap.SYN) == 0 {
 		e.heard(l, s)
 	}
@@ -295,7 +328,7 @@ func (e *Engine) heard(l *line, s *tcpwrap.Segment) {
 	if s.Options.HasTS {
 		l.heardTS(s.Options.TSVal)
 	}
-	if moved && !e.live {
+	if moved && !e.live && !l.unborn() {
 		e.acknowledge(l)
 	}
 }
@@ -313,6 +346,14 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 		l.kTS = s.Options.TSVal
 	}
 	end := s.End()
+	if s.Flags.Has(tcpwrap.RST) && l.birth != nil && !l.kSeen { // no such connection yet: Tick has it made again
+		e.Ready.Decide(id, tcpwrap.Drop)
+		return true
+	}
+	if l.ended { // nobody is there to have it
+		l.ack = seqnum.Max(l.ack, end)
+		l.edge = l.ack.Add(65535 << l.cut.SndWScale)
+	}
 	if s.Flags.Has(tcpwrap.ACK) {
 		e.acked(now, l, s)
 	}

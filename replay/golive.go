@@ -88,7 +88,7 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 			e.Ready.Decide(id, tcpwrap.Accept)
 		}
 		l.kept = nil
-		if !l.caughtUp() {
+		if !l.caughtUp() || l.unborn() {
 			e.lag(l)
 		}
 	}
@@ -108,7 +108,7 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 func (e *Engine) Joined() []tcpwrap.Cut {
 	var cuts []tcpwrap.Cut
 	for _, l := range e.lines {
-		if !e.live || !l.caughtUp() {
+		if !e.live || !l.caughtUp() || l.unborn() {
 			continue
 		}
 		if !l.over() {
@@ -150,7 +150,10 @@ func (l *line) here() tcpwrap.Cut {
 // keep-alive does (RFC 9293, 3.8.4). A client that does not answer in time
 // costs nothing but time after go-live.
 func (e *Engine) Greet() {
-	for _, l := range e.conns {
+	for _, l := range e.lines {
+		if l.ended || l.unborn() && !l.answered {
+			continue
+		}
 		e.Ready.Send(tcpwrap.Outgoing{
 			Tuple: l.cut.Tuple, Seq: l.ack.Sub(1), Ack: l.cut.RcvNxt, Flags: tcpwrap.ACK,
 			HasTS: l.cut.HasTS, TSVal: l.kTS, TSEcr: l.clientTS,

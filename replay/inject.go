@@ -33,6 +33,11 @@ func (e *Engine) pump(now time.Time) {
 func (e *Engine) inject(l *line) bool {
 	ev := &l.todo[0]
 	switch ev.kind {
+	case evOpen:
+		if e.births >= maxBirths {
+			return false
+		}
+		e.bear(l)
 	case evReset:
 		if l.kAck.Less(l.injNxt) { // only at the very octet it expects does TCP take a reset
 			return false
@@ -108,24 +113,38 @@ func (e *Engine) hurry(l *line) {
 }
 
 // resend repeats what the restored TCP has not acknowledged: it drops what
-// overruns its receive buffer.
+// overruns its receive buffer, and a segment that reaches beyond its window
+// whole (Linux since 6.17). So nothing reaches beyond the window as it is now.
 func (e *Engine) resend(l *line) {
-	for i := range l.sent {
-		if i == resend {
-			break
+	for i := range min(len(l.sent), resend) {
+		seq, data := l.sent[i].seq, l.sent[i].data
+		if seq.Less(l.kAck) {
+			seq, data = l.kAck, data[min(int(seq.To(l.kAck)), len(data)):]
 		}
-		ev := &l.sent[i]
+		if l.sent[i].kind == evFin {
+			e.stats.Resent++
+			e.send(l, tcpwrap.FIN|tcpwrap.ACK, seq, nil)
+			return
+		}
+		if !seq.Less(l.kEdge) {
+			if i == 0 {
+				e.probe(l)
+			}
+			return
+		}
 		e.stats.Resent++
-		if ev.kind == evFin {
-			e.send(l, tcpwrap.FIN|tcpwrap.ACK, ev.seq, nil)
-		} else {
-			e.send(l, tcpwrap.ACK, ev.seq, ev.data)
-		}
+		n := min(len(data), int(seq.To(l.kEdge)))
+		e.send(l, tcpwrap.ACK, seq, data[:n])
 	}
 }
 
 // Tick sees to connections that do not move. Call it every few milliseconds.
 func (e *Engine) Tick(now time.Time) {
+	e.pump(now)
+	if e.busy && !e.live {
+		e.headSince = now
+		return
+	}
 	if len(e.order) > 0 && now.Sub(e.headSince) >= stall {
 		l := e.order[0]
 		e.headSince = now
@@ -138,6 +157,10 @@ func (e *Engine) Tick(now time.Time) {
 	}
 	e.pump(now)
 	for _, l := range e.lines {
+		if e.live && l.unborn() && now.Sub(l.grew) >= handshakeTime {
+			e.drop(l) // its client has given up, or never knew it
+			continue
+		}
 		if e.live && now.Sub(l.grew) >= patience && l.silent() {
 			e.condemn(l)
 			continue
@@ -165,6 +188,9 @@ func (e *Engine) lag(l *line) {
 
 // probe asks the restored TCP where it stands.
 func (e *Engine) probe(l *line) {
+	if l.birth != nil && l.born && !l.kSeen { // its making may have been lost
+		e.bear(l)
+	}
 	if len(l.sent) > 0 {
 		e.hurry(l)
 		return
@@ -179,8 +205,14 @@ func (e *Engine) probe(l *line) {
 // caughtUp reports whether a connection stands where the log and its client
 // are.
 func (l *line) caughtUp() bool {
+	if l.unborn() {
+		return !l.answered
+	}
 	if l.kReset || l.resetSent {
 		return true
+	}
+	if l.ended {
+		return l.gap != "" || len(l.todo) == 0 && l.injNxt.LessEq(l.kAck)
 	}
 	return l.gap == "" && !l.reset && len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.ack.LessEq(l.kNxt)
 }
@@ -207,5 +239,5 @@ func (l *line) silent() bool {
 
 // over reports whether the connection has ended in both directions.
 func (l *line) over() bool {
-	return l.kReset || l.resetSent || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
+	return l.kReset || l.resetSent || l.ended || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
 }

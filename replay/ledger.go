@@ -1,6 +1,6 @@
 // Package replay is recovery: it restores the newest generation in a capsule,
 // feeds the logged octets back through the south side, swallows what the client
-// already has, and goes live (US 7,673,038, figures 16 to 23).
+// already has, and goes live (the recovery of US 7,673,038).
 //
 // The protocol is in two pure parts: Ledger, which knows from the log where
 // every connection stands, and Engine, which rolls restored connections
@@ -29,6 +29,11 @@ type Line struct {
 	Reason stream.EndReason
 
 	opened, accepted bool // its open and accept records were seen
+	answered         bool // and something that the client sent after them
+	open             stream.ConnOpen
+	accept           stream.ConnAccept
+	openPos, endPos  stream.Position
+	acceptAt         time.Time
 }
 
 // Ledger follows a service's log. Feed it every entry in order. The zero value
@@ -64,21 +69,27 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 	case stream.ConnOpen:
 		ln := l.line(r.Conn)
 		ln.Tuple, ln.opened = r.Tuple, true
+		ln.open, ln.openPos = r, e.Pos
 	case stream.ConnAccept:
 		ln := l.line(r.Conn)
 		ln.accepted = true
+		ln.accept, ln.acceptAt = r, now
 		if !ln.Known {
 			ln.State = stream.ConnState{Conn: r.Conn, ClientAck: r.ISN, ClientEdge: r.ISN, ServerNxt: r.ISN.Add(1)}
 		}
 	case stream.ConnState:
 		ln := l.line(r.Conn)
 		ln.State, ln.Known, ln.StateAt = r, true, now
+	case stream.Bytes:
+		l.line(r.Conn).answered = true
+	case stream.ClientFin:
+		l.line(r.Conn).answered = true
 	case stream.ConnEnd:
 		ln := l.line(r.Conn)
-		ln.Ended, ln.Reason = true, r.Reason
+		ln.Ended, ln.Reason, ln.endPos = true, r.Reason, e.Pos
 	case stream.ClientReset:
 		ln := l.line(r.Conn)
-		ln.Ended, ln.Reason = true, stream.EndReset
+		ln.Ended, ln.Reason, ln.endPos = true, stream.EndReset, e.Pos
 	case stream.Generation:
 		l.Gen, l.GenAt = r, now
 	case stream.ServerExit:
@@ -90,13 +101,14 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 
 // Introduce tells the ledger the connections of a generation's manifest, which
 // may have no open record of their own, and lets it forget those that ended
-// before: no recovery from this generation or a later one meets them again.
+// before its cut: no recovery from this generation or a later one meets them
+// again.
 func (l *Ledger) Introduce(gen stream.Generation, tuples map[stream.ConnID]stream.FourTuple) {
 	for id, t := range tuples {
 		l.line(id).Tuple = t
 	}
 	for id, ln := range l.lines {
-		if _, ok := tuples[id]; !ok && ln.Ended {
+		if _, ok := tuples[id]; !ok && ln.Ended && ln.endPos <= gen.Cut {
 			delete(l.lines, id)
 		}
 	}

@@ -56,10 +56,11 @@ type conn struct {
 
 	serverFin   bool
 	serverFinAt seqnum.Value
-	finAcked    bool // server's TCP acknowledged the client's FIN
-	dirty       bool // a ConnState is due
-	carried     bool // brought here by a takeover
-	embryonic   bool // the client has not answered the SYN-ACK
+	finAcked    bool            // server's TCP acknowledged the client's FIN
+	dirty       bool            // a ConnState is due
+	carried     bool            // brought here by a takeover
+	openPos     stream.Position // of its open record; 0: its handshake was not seen
+	embryonic   bool            // the client has not answered the SYN-ACK
 
 	opened               bool // we saw the handshake
 	clientISN, serverISN seqnum.Value

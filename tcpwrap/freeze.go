@@ -129,6 +129,31 @@ func (m *Machine) unblock() {
 	}
 }
 
+// Missing is a protected connection that an image does not have.
+type Missing struct {
+	Conn  stream.ConnID
+	Tuple stream.FourTuple
+	Open  stream.Position // its open record
+}
+
+// Missing are the connections, of those whose handshake is logged, that are not
+// among adopted. The server has closed them, or it has not accepted them yet:
+// TCP can tell, the machine cannot. A recovery has to re-create the latter, and
+// needs their records from Open on.
+func (m *Machine) Missing(adopted []Cut) []Missing {
+	there := make(map[stream.ConnID]bool, len(adopted))
+	for i := range adopted {
+		there[adopted[i].Conn] = true
+	}
+	var out []Missing
+	for t, c := range m.conns {
+		if c.openPos != 0 && !there[c.id] {
+			out = append(out, Missing{c.id, t, c.openPos})
+		}
+	}
+	return out
+}
+
 // WantGeneration reports that connections wait for a generation before they
 // can be protected.
 func (m *Machine) WantGeneration() bool { return len(m.blocked) > 0 }

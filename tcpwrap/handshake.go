@@ -70,7 +70,7 @@ func (m *Machine) established(c *conn, s *Segment) *conn {
 	c.opened, c.clientISN, c.serverISN = true, h.isn, s.Seq
 	m.conns[s.Tuple] = c
 	m.embryo(c)
-	m.depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})
+	c.openPos = m.depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})
 	m.depend(stream.ConnAccept{Conn: c.id, ISN: s.Seq, Options: s.RawOptions})
 	return c
 }

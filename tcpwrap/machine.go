@@ -32,7 +32,7 @@ const (
 
 // Machine is the failure-free half of the south side: it logs what clients
 // send and holds what the server sends until all that it depends on is stable
-// (US 7,673,038, figures 12 to 15; output commit).
+// .
 //
 // It is a deterministic state machine without goroutine, clock or socket, and
 // not safe for concurrent use. Events are its methods; what they want done is

@@ -34,6 +34,7 @@ type driver struct {
 	writer  *stream.Writer
 	dying   func() bool // of the server process, for its FIN and RST
 	bear    func(*replay.Birth)
+	busy    func() bool // the restored server is at work
 	failed  func(error) // the log ended or refused a record
 
 	congested bool
@@ -199,7 +200,8 @@ func (d *driver) stable(p stream.Position) {
 
 func (d *driver) tick() {
 	defer d.done.Done()
-	t := time.NewTicker(tickEvery)
+	every := tickEvery
+	t := time.NewTicker(every)
 	defer t.Stop()
 	for {
 		select {
@@ -207,7 +209,12 @@ func (d *driver) tick() {
 			return
 		case now := <-t.C:
 			d.mu.Lock()
+			if want := d.pace(); want != every {
+				every = want
+				t.Reset(every)
+			}
 			if d.engine != nil {
+				d.engine.Busy(d.busy != nil && d.busy())
 				d.engine.Tick(now)
 				if cuts := d.engine.Joined(); len(cuts) > 0 && d.machine != nil {
 					d.machine.Adopt(cuts)
@@ -229,7 +236,10 @@ func (d *driver) tick() {
 	}
 }
 
-// protectWith hands the connections to a machine whose log is w.
-func (d *driver) protectWith(m *tcpwrap.Machine, w *stream.Writer) {
-	d.with(func() { d.machine, d.writer = m, w })
+// pace is how often to tick: clients wait while there is an engine.
+func (d *driver) pace() time.Duration {
+	if d.engine != nil {
+		return time.Millisecond
+	}
+	return tickEvery
 }

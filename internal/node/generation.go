@@ -34,6 +34,9 @@ type south struct {
 	// standby knows how far the timestamp clocks in the image lie behind, however
 	// the two hosts' clocks differ.
 	AgeMS int64 `json:"age_ms"`
+	// Unaccepted are connections that waited in the accept queue: no image has
+	// them, and a recovery has to re-create them.
+	Unaccepted []stream.ConnID `json:"unaccepted,omitempty"`
 	// Service is the Hello of the epoch, which the log's collection does not keep.
 	Service json.RawMessage `json:"service"`
 }
@@ -127,12 +130,18 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 		socks, err = checkpoint.ReadSockets(dir)
 	}
 	p.drv.with(func() {
+		sth := south{Service: p.svc.hello()}
 		if err == nil {
-			m.Conns, m.From = adopt(p.drv.machine, p.svc, socks, m.Cut)
+			var missing []tcpwrap.Missing
+			var from stream.Position
+			m.Conns, m.From, missing = adopt(p.drv.machine, p.svc, socks, m.Cut)
+			if sth.Unaccepted, from, err = unaccepted(p.where.netns, p.svc, missing); from != 0 {
+				m.From = min(m.From, from)
+			}
 		}
+		sth.NextConn = p.drv.machine.NextConn()
+		m.South, _ = json.Marshal(sth) // plain data always encodes
 		p.drv.machine.Thaw(time.Now())
-		south, _ := json.Marshal(south{NextConn: p.drv.machine.NextConn(), Service: p.svc.hello()})
-		m.South = south
 	})
 	if err != nil {
 		return m, fmt.Errorf("take generation %d: %w", id, err)
@@ -148,7 +157,7 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 }
 
 // adopt tells the machine where the image's connections stand.
-func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream.Position) (conns []checkpoint.ConnCut, from stream.Position) {
+func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream.Position) (conns []checkpoint.ConnCut, from stream.Position, missing []tcpwrap.Missing) {
 	var cuts []tcpwrap.Cut
 	byTuple := map[stream.FourTuple]checkpoint.Socket{}
 	for _, s := range socks {
@@ -161,7 +170,7 @@ func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream
 	for _, c := range adopted {
 		conns = append(conns, byTuple[c.Tuple].Cut(c.Conn))
 	}
-	return conns, min(from, at)
+	return conns, min(from, at), m.Missing(adopted)
 }
 
 // carried reports whether a socket of an image is a connection of the service

@@ -19,6 +19,7 @@ import (
 	"github.com/ftckpt/ftckpt/internal/ready"
 	"github.com/ftckpt/ftckpt/replay"
 	"github.com/ftckpt/ftckpt/replay/capsule"
+	"github.com/ftckpt/ftckpt/replay/reqsk"
 	"github.com/ftckpt/ftckpt/stream"
 )
 
@@ -46,8 +47,9 @@ type standby struct {
 	lg    *stream.Log
 	store *stream.Store
 
-	capsule *capsule.Capsule
-	images  string // directory
+	capsule  *capsule.Capsule
+	recreate *reqsk.Recreator // nil where the kernel cannot
+	images   string           // directory
 
 	mu       sync.Mutex
 	ledger   *replay.Ledger
@@ -124,6 +126,8 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 	if left != nil {
 		return s.resume(ctx, left)
 	}
+	s.openRecreator()
+	defer s.closeRecreator()
 	if err := s.lg.StartBeacon(ctx, roleStandby, s.node, 10*beatEvery, s.beat); err != nil {
 		return fmt.Errorf("start heartbeat: %w", err)
 	}

@@ -111,6 +111,7 @@ type recovery struct {
 
 	socks  []checkpoint.Socket
 	engine *replay.Engine
+	reborn map[stream.ConnID]bool // connections that the engine re-creates
 	drv    *driver
 	rules  *tcpwrap.Rules
 }
@@ -131,7 +132,7 @@ func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer,
 		_ = r.drv.close()
 		return nil, err
 	}
-	if err := r.rollForward(ctx); err != nil {
+	if err := r.rollForward(ctx, restored.PID); err != nil {
 		_ = r.drv.close()
 		return nil, err
 	}
@@ -188,7 +189,9 @@ func (r *recovery) plan() error {
 		sv := replay.Survivor{Cut: cutOf(k)}
 		sv.Cut.Conn = id
 		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
-		if ln := r.ledger.Line(id); ln != nil && ln.Known {
+		ln := r.ledger.Line(id)
+		sv.Ended = ln != nil && ln.Ended
+		if ln != nil && ln.Known {
 			sv.State, sv.Known = ln.State, true
 			if ln.State.ServerTS != 0 {
 				seen := ln.State.ServerTS + uint32(now.Sub(ln.StateAt).Milliseconds())
@@ -202,6 +205,16 @@ func (r *recovery) plan() error {
 		}
 		survivors = append(survivors, sv)
 	}
+	var newborns []replay.Newborn
+	if r.recreate != nil {
+		waited := map[stream.ConnID]bool{}
+		for _, id := range sth.Unaccepted {
+			waited[id] = true
+		}
+		newborns = r.ledger.Newborns(r.loc.gen.Cut, waited, func(ts uint32, seen time.Time) uint32 {
+			return ts + uint32(now.Sub(seen).Milliseconds()) + clockMargin
+		})
+	}
 	r.mu.Unlock()
 	if err := checkpoint.PatchSockets(r.loc.dir, patches); err != nil {
 		return fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
@@ -210,6 +223,7 @@ func (r *recovery) plan() error {
 		return fmt.Errorf("prepare generation %d: %w", r.loc.gen.ID, err)
 	}
 	r.engine = replay.NewEngine(survivors)
+	r.reborn = r.engine.AddNewborns(newborns)
 	return nil
 }
 
@@ -229,7 +243,7 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	}
 	r.rules.Queue = number
 	r.drv = newDriver(q, r.log)
-	r.drv.engine = r.engine
+	r.drv.engine, r.drv.bear = r.engine, r.bear
 	if err := r.rules.Install(); err != nil {
 		_ = q.Close()
 		return fmt.Errorf("install packet rules in the capsule: %w", err)
@@ -258,8 +272,11 @@ func (r *recovery) restore(ctx context.Context) (checkpoint.Restored, error) {
 
 // rollForward feeds the log from the generation on and waits until every
 // connection has come as far as its client.
-func (r *recovery) rollForward(ctx context.Context) error {
-	r.drv.with(func() { r.engine.Start(time.Now()) })
+func (r *recovery) rollForward(ctx context.Context, pid int) error {
+	r.drv.with(func() {
+		r.drv.busy = func() bool { return !idle(pid) }
+		r.engine.Start(time.Now())
+	})
 	fence := r.w.Fence().Seq
 	err := r.lg.ReadTo(ctx, r.loc.gen.FromSeq, fence, func(e stream.Entry) error {
 		if e.Rec == nil || e.Pos < r.loc.gen.From {
@@ -395,6 +412,9 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 }
 
 func (r *recovery) survives(id stream.ConnID) bool {
+	if r.reborn[id] {
+		return true
+	}
 	for _, c := range r.loc.manifest.Conns {
 		if c.Conn == id {
 			return true

@@ -1,0 +1,161 @@
+package replay
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
+	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
+)
+
+// handshakeTime is how long after go-live the answer to a SYN-ACK of the old
+// primary is waited for.
+const handshakeTime = 60 * time.Second
+
+// Newborn is a connection that is younger than the generation: its handshake is
+// in the log, and the restored TCP has no trace of it.
+type Newborn struct {
+	Open     stream.ConnOpen
+	Accept   stream.ConnAccept
+	State    stream.ConnState // newest in the log
+	Known    bool             // State was logged, and is not merely the handshake's
+	Answered bool             // the client is known to have acknowledged the SYN-ACK
+	Ended    bool             // it is over: what it made the server do is not
+	TS       uint32           // the server's timestamp clock as it has to go on
+}
+
+// Birth is the wish to have a connection re-created in the restored TCP, with
+// the sequence numbers and clocks it had. It has to be done before the segments
+// of the same Ready are sent.
+type Birth struct {
+	Open               stream.ConnOpen
+	Accept             stream.ConnAccept
+	ClientTS, ServerTS uint32
+	Edge               seqnum.Value // right edge of the client's window
+}
+
+// Newborns are the connections that a recovery from a generation has to
+// re-create, in the order in which they were opened: those opened after its cut,
+// and those that the server had not accepted by then, which no image has. Those
+// that have ended since are among them: the server must read again what they
+// said. at gives the timestamp clock of a connection whose last known TSval was
+// seen at that time.
+func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool, at func(ts uint32, seen time.Time) uint32) []Newborn {
+	var out []Newborn
+	for id, ln := range l.lines {
+		if !ln.opened || !ln.accepted || ln.openPos <= cut && !unaccepted[id] {
+			continue
+		}
+		if ln.Ended && ln.Reason == stream.EndQuarantine {
+			continue
+		}
+		n := Newborn{Open: ln.open, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended}
+		n.Answered = ln.answered || ln.Known && ln.accept.ISN.Less(ln.State.ClientAck)
+		opts := tcpwrap.ParseOptions(ln.accept.Options, true)
+		if ts, seen := opts.TSVal, ln.acceptAt; opts.HasTS {
+			if ln.Known && ln.State.ServerTS != 0 {
+				ts, seen = ln.State.ServerTS, ln.StateAt
+			}
+			n.TS = at(ts, seen)
+		}
+		if n.Ended && !n.Answered {
+			continue
+		}
+		out = append(out, n)
+	}
+	slices.SortFunc(out, func(a, b Newborn) int { return cmp.Compare(a.Open.Conn, b.Open.Conn) })
+	return out
+}
+
+// AddNewborns tells the engine, before Start, which connections it has to have
+// re-created. It answers those that it takes: one whose 4-tuple another
+// connection of this recovery has cannot be told from it.
+func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
+	taken = map[stream.ConnID]bool{}
+	for i := range ns {
+		n := &ns[i]
+		if e.conns[n.Open.Tuple] != nil {
+			continue
+		}
+		syn, synack := tcpwrap.ParseOptions(n.Open.Options, true), tcpwrap.ParseOptions(n.Accept.Options, true)
+		first := n.Open.ISN.Add(1)
+		l := &line{
+			birth: &Birth{Open: n.Open, Accept: n.Accept, ServerTS: n.TS}, answered: n.Answered, ended: n.Ended,
+			injNxt: first, logged: first, kAck: first, kEdge: first.Add(firstCredit),
+			ack: n.Accept.ISN.Add(1), kNxt: n.Accept.ISN.Add(1), kSure: n.Accept.ISN.Add(1), kTS: n.TS,
+		}
+		l.cut = tcpwrap.Cut{
+			Conn: n.Open.Conn, Tuple: n.Open.Tuple, RcvNxt: first, SndUna: l.ack, SndNxt: l.ack,
+			HasTS: syn.HasTS && synack.HasTS, ServerTS: n.TS,
+		}
+		if syn.WScale >= 0 && synack.WScale >= 0 {
+			l.cut.SndWScale, l.cut.RcvWScale = uint8(syn.WScale), uint8(synack.WScale)
+		}
+		l.edge = l.ack.Add(seqnum.Size(n.Open.Window)) // a SYN's window is never scaled
+		if l.cut.HasTS {
+			l.clientTS = syn.TSVal
+		}
+		if n.Known {
+			l.ack = seqnum.Max(l.ack, n.State.ClientAck)
+			l.edge = seqnum.Max(l.edge, n.State.ClientEdge)
+			l.heardTS(n.State.ClientTS)
+		}
+		e.lines = append(e.lines, l)
+		e.conns[l.cut.Tuple] = l
+		e.byID[l.cut.Conn] = l
+		taken[l.cut.Conn] = true
+	}
+	return taken
+}
+
+// unborn reports whether the restored TCP does not have the connection yet.
+func (l *line) unborn() bool { return l.birth != nil && !l.born }
+
+// opened is the turn of a connection's open record. A connection whose client
+// has not answered the SYN-ACK waits for that answer: TCP would, too.
+func (e *Engine) opened(id stream.ConnID) {
+	l := e.byID[id]
+	if l == nil || !l.unborn() || !l.answered || l.openQueued {
+		return
+	}
+	l.openQueued = true
+	l.todo = append(l.todo, event{kind: evOpen, seq: l.injNxt})
+	e.order = append(e.order, l)
+}
+
+// bear has the connection re-created.
+func (e *Engine) bear(l *line) {
+	l.born = true
+	e.births++
+	b := *l.birth
+	b.ClientTS, b.Edge = l.clientTS, l.edge
+	e.Births = append(e.Births, b)
+}
+
+// Stillborn says that a birth failed for good: the connection is reset and
+// told in the answer.
+func (e *Engine) Stillborn(t stream.FourTuple) {
+	if l := e.conns[t]; l != nil && l.birth != nil {
+		e.condemn(l)
+		e.sweep()
+	}
+}
+
+// answeredNow is called for every packet of the client of an unborn connection
+// that waits for the answer to its SYN-ACK. It reports whether the packet ends
+// the wait for nothing: a new SYN means that the client never got the SYN-ACK.
+func (e *Engine) answeredNow(l *line, s *tcpwrap.Segment) (forgotten bool) {
+	switch {
+	case !e.begun || l.answered:
+	case s.Flags.Has(tcpwrap.SYN) || s.Flags.Has(tcpwrap.RST):
+		e.drop(l)
+		e.sweep()
+		return true
+	case s.Flags.Has(tcpwrap.ACK) && l.birth.Accept.ISN.Less(s.Ack):
+		l.answered = true
+		e.bear(l)
+	}
+	return false
+}
