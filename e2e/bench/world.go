@@ -54,7 +54,7 @@ type world struct {
 const detectNever = 30 * time.Second
 
 // newWorld builds it; detect is the silence after which the standby takes over.
-func newWorld(ctx context.Context, o options, detect time.Duration) (w *world, err error) {
+func newWorld(ctx context.Context, o options, detect time.Duration) (_ *world, err error) {
 	hosts := []lab.HostSpec{
 		{Name: "client", Addr: "10.77.0.10/24"}, {Name: "primary", Addr: "10.77.0.2/24"}, {Name: "standby", Addr: "10.77.0.3/24"},
 	}
@@ -67,7 +67,7 @@ func newWorld(ctx context.Context, o options, detect time.Duration) (w *world, e
 	if err != nil {
 		return nil, err
 	}
-	w = &world{o: o, lab: l, client: l.Host("client"), primary: l.Host("primary"), standby: l.Host("standby")}
+	w := &world{o: o, lab: l, client: l.Host("client"), primary: l.Host("primary"), standby: l.Host("standby")}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close())
