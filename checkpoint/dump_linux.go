@@ -102,6 +102,9 @@ func (c Criu) Dump(ctx context.Context, r DumpRequest) (DumpResult, error) {
 	})
 	res.Pause = time.Since(held)
 	if err != nil {
+		if _, herr := heal(tasks); herr != nil {
+			err = errors.Join(err, herr)
+		}
 		return DumpResult{}, newCriuError("dump", r.Dir, dumpLog, err)
 	}
 	if r.Stop {
