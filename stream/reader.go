@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -38,10 +39,11 @@ type Reader struct {
 	head   int
 	err    error // final
 
-	conn *conn
-	iter jetstream.MessagesContext
-	fail int       // tries to open in a row that failed
-	down time.Time // when the first of them did
+	pulling sync.Mutex // held while Next waits, so that Close knows who cleans up
+	conn    *conn
+	iter    jetstream.MessagesContext
+	fail    int       // tries to open in a row that failed
+	down    time.Time // when the first of them did
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -93,26 +95,39 @@ func (r *Reader) nextUpTo(ctx context.Context, to StreamSeq) (Entry, bool, error
 		if r.want > to {
 			return Entry{}, false, nil
 		}
-		if r.err == nil && r.ctx.Err() != nil {
-			r.err = fmt.Errorf("read log: %w", ErrClosed)
-		}
-		if r.err != nil {
-			r.disconnect()
-			return Entry{}, false, r.err
-		}
-		if err := ctx.Err(); err != nil {
+		if err := r.more(ctx); err != nil {
 			return Entry{}, false, err
+		}
+	}
+}
+
+// more takes in a message, or mends what keeps it from doing so.
+func (r *Reader) more(ctx context.Context) error {
+	r.pulling.Lock()
+	defer r.pulling.Unlock()
+	if r.err == nil && r.ctx.Err() != nil {
+		r.err = fmt.Errorf("read log: %w", ErrClosed)
+	}
+	if r.err == nil {
+		if err := ctx.Err(); err != nil {
+			return err
 		}
 		if err := r.pull(ctx); err != nil {
 			r.err = fmt.Errorf("read log: %w", err)
 		}
 	}
+	if r.err != nil {
+		r.disconnect()
+	}
+	return r.err
 }
 
-// Close ends a waiting Next. The Reader's connection is closed by then or by
-// the Next that follows, whichever comes last.
+// Close ends a waiting Next and the connection.
 func (r *Reader) Close() error {
-	r.cancel()
+	r.cancel() // a waiting Next sees this and lets go
+	r.pulling.Lock()
+	defer r.pulling.Unlock()
+	r.disconnect()
 	return nil
 }
 
@@ -192,6 +207,9 @@ func (r *Reader) take(subject string, data []byte, seq StreamSeq) error {
 
 func (r *Reader) connect(ctx context.Context) error {
 	r.disconnect()
+	ctx, cancel := context.WithTimeout(ctx, 2*apiTimeout)
+	defer cancel()
+	defer context.AfterFunc(r.ctx, cancel)() // Close does not wait for a dead server
 	c, err := r.log.dial.dial(ctx, r.log.names.service+" reader")
 	if err != nil {
 		return err
@@ -201,9 +219,7 @@ func (r *Reader) connect(ctx context.Context) error {
 		c.close()
 		return err
 	}
-	cctx, cancel := context.WithTimeout(ctx, 2*apiTimeout)
-	defer cancel()
-	oc, err := js.OrderedConsumer(cctx, r.log.names.logStream, jetstream.OrderedConsumerConfig{
+	oc, err := js.OrderedConsumer(ctx, r.log.names.logStream, jetstream.OrderedConsumerConfig{
 		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:       uint64(r.want),
 		InactiveThreshold: readerIdle,
@@ -269,7 +285,6 @@ func (l *Log) ReadTo(ctx context.Context, from, to StreamSeq, fn func(Entry) err
 		return err
 	}
 	defer r.disconnect()
-	defer r.Close()
 	for {
 		e, more, err := r.nextUpTo(ctx, to)
 		if err != nil || !more {
