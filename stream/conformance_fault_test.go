@@ -232,4 +232,3 @@ func testPurge(t *testing.T, tg *target) {
 		t.Fatalf("left is %v", spans)
 	}
 }
-

@@ -412,4 +412,3 @@ func testOneWins(t *testing.T, tg *target) {
 		t.Fatalf("the winner goes on at %d", e)
 	}
 }
-
