@@ -3,6 +3,7 @@ package reqsk
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -59,13 +60,21 @@ func (x *ghost) state(t testing.TB, r *Recreator) tcpwrap.TCPState {
 	return st
 }
 
-// silent wants that the new TCP has sent nothing at all.
-func (g *gate) silent(t testing.TB) {
+// silent wants that the new TCP has sent nothing at all: an ACK of nobody's
+// draws a reset, and that is the first packet there is.
+func (g *gate) silent(t testing.TB, l *lab) {
 	t.Helper()
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.out != 0 {
-		t.Errorf("the new TCP sent %d packets, %d of them resets", g.out, g.resets)
+	stray := l.ghost(9)
+	g.sendACK(t, stray.t, &stray.c, stray.a)
+	var out, resets int
+	eventually(t, "a reset for a stray ACK", func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		out, resets = g.out, g.resets
+		return resets > 0
+	})
+	if out != 1 {
+		t.Errorf("the new TCP sent %d packets, %d of them resets, where one answers the stray ACK", out, resets)
 	}
 }
 
@@ -84,7 +93,7 @@ func TestNoListener(t *testing.T) {
 		if st := x.state(t, r); st != 0 {
 			t.Errorf("socket in state %v", st)
 		}
-		g.silent(t)
+		g.silent(t, l)
 
 		// The same ACK does it as soon as there is one.
 		l.listen(t, l.new, map[bool]string{false: "tcp4", true: "tcp6"}[v6], 0)
@@ -128,7 +137,7 @@ func TestTaken(t *testing.T) {
 	if c := accept(t, ln); c.RemoteAddr().String() != x.t.Client.String() {
 		t.Errorf("accepted %v", c.RemoteAddr())
 	}
-	g.silent(t)
+	g.silent(t, l)
 }
 
 // TestFullQueue shows what a full accept queue does: nothing is said, no
@@ -159,7 +168,7 @@ func TestFullQueue(t *testing.T) {
 	x.want(t, r)
 	g.sendACK(t, x.t, &x.c, x.a)
 	eventually(t, "the third connection", func() bool { return x.state(t, r) == tcpwrap.TCPEstablished })
-	g.silent(t)
+	g.silent(t, l)
 }
 
 // overflows is the namespace's TcpExtListenOverflows.
@@ -223,7 +232,8 @@ func TestRefusals(t *testing.T) {
 	for name, tc := range map[string]struct {
 		listen func(*testing.T, *lab)
 		spoil  func(*testing.T, *lab)
-		want   error // of Result
+		repair func(*testing.T, *lab) // for what silent sends
+		want   error                  // of Result
 	}{
 		"mptcp listener": {
 			listen: func(t *testing.T, l *lab) {
@@ -254,7 +264,8 @@ func TestRefusals(t *testing.T) {
 		},
 		"no route to the client": { // assigned, and then nothing
 			listen: func(t *testing.T, l *lab) { l.listen(t, l.new, "tcp4", 0) },
-			spoil:  func(t *testing.T, l *lab) { batch(t, l.new, "route del "+l.prefix(l.caddr).String()+"\n") },
+			spoil:  func(t *testing.T, l *lab) { batch(t, l.new, fmt.Sprintf("route del %v\n", l.prefix(l.caddr))) },
+			repair: func(t *testing.T, l *lab) { batch(t, l.new, fmt.Sprintf("route add %v dev dev0\n", l.prefix(l.caddr))) },
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -272,7 +283,10 @@ func TestRefusals(t *testing.T) {
 			if st := x.state(t, r); st != 0 {
 				t.Errorf("socket in state %v", st)
 			}
-			g.silent(t)
+			if tc.repair != nil {
+				tc.repair(t, l)
+			}
+			g.silent(t, l)
 		})
 	}
 }
@@ -373,4 +387,35 @@ func TestUnacknowledgedSYNACK(t *testing.T) {
 func (l *lab) deafen(t testing.TB, op string) {
 	t.Helper()
 	run(t, "ip", "netns", "exec", l.client, "iptables", "-w", op, "INPUT", "-p", "tcp", "-s", l.vip.String(), "-j", "DROP")
+}
+
+// BenchmarkRecreate is one connection after the other, each looked up, as long
+// as nobody accepts.
+func BenchmarkRecreate(b *testing.B) {
+	l := newLab(b, false)
+	sysctl(b, l.new, "net/core/somaxconn", "1000000")
+	l.listen(b, l.new, "tcp4", 1000000)
+	g, r := l.gate(b), l.recreator(b)
+	var xs []*ghost
+	for i := range min(b.N, 60000) {
+		xs = append(xs, l.ghost(uint16(1+i)))
+	}
+	if b.N > len(xs) {
+		b.Skip("not that many ports")
+	}
+	b.ResetTimer()
+	for _, x := range xs {
+		x.want(b, r)
+		g.sendACK(b, x.t, &x.c, x.a)
+		eventually(b, "the connection", func() bool { return x.state(b, r) == tcpwrap.TCPEstablished })
+	}
+}
+
+func BenchmarkProbe(b *testing.B) {
+	needKernel(b)
+	for b.Loop() {
+		if s, err := Probe(); s != Yes {
+			b.Fatal(err)
+		}
+	}
 }

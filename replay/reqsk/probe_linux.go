@@ -25,7 +25,7 @@ const probeLimit = 2 * time.Second
 // once between two addresses of a network namespace of its own. The error says
 // why the answer is not Yes: with No the kernel lacks what it takes, with
 // CannotTell the probe could not be made (as a rule for want of privileges, in
-// which case Open fails too). It takes some 20 ms.
+// which case Open fails too). It takes some 50 ms.
 func Probe() (Support, error) {
 	err := probe()
 	if err != nil {
