@@ -153,6 +153,11 @@ func portsAt(listeners []check.Listener, addr netip.Addr) []uint16 {
 // in this process.
 func logConfig(name, join, url string) (c stream.Config, embed string, err error) {
 	c = stream.Config{Service: name, Join: join}
+	if join != "" {
+		if _, err := stream.ParseJoin(join); err != nil {
+			return c, "", exitcode.Wrap(exitcode.Config, err)
+		}
+	}
 	if url == "" {
 		return c, "", nil
 	}

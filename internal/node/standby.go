@@ -27,7 +27,12 @@ const (
 	rolePrimary = "primary"
 	roleStandby = "standby"
 
-	detectEvery = 5 * time.Millisecond
+	detectEvery      = 5 * time.Millisecond
+	standbyBeatEvery = 2 * beatEvery
+	// logAway is the silence after which one's own heartbeat shows that the log's
+	// server was away, and spareTime what a primary gets to find it again.
+	logAway   = 5 * standbyBeatEvery
+	spareTime = time.Second
 	// reopenAfter paces a log that cannot be read.
 	reopenAfter = 500 * time.Millisecond
 )
@@ -58,7 +63,9 @@ type standby struct {
 	detector *stream.Detector
 	watching string // node the detector listens to
 	heardAt  time.Time
-	primary  *primary // after the takeover
+	ownAt    time.Time // when our own heartbeat last came back from the log's server
+	spare    time.Time // until then nobody is suspected: the log's server was away
+	primary  *primary  // after the takeover
 	taking   bool
 
 	news   chan struct{} // a new generation is in the log
@@ -128,7 +135,7 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 	}
 	s.openRecreator()
 	defer s.closeRecreator()
-	if err := s.lg.StartBeacon(ctx, roleStandby, s.node, 10*beatEvery, s.beat); err != nil {
+	if err := s.lg.StartBeacon(ctx, roleStandby, s.node, standbyBeatEvery, s.beat); err != nil {
 		return fmt.Errorf("start heartbeat: %w", err)
 	}
 	s.detector = stream.NewDetector(cfg.Detect, detectEvery)
@@ -315,6 +322,12 @@ func (s *standby) heard(b stream.Beat) {
 		s.detector.Observe(b.At)
 		s.heardAt = b.At
 	}
+	if b.Role == roleStandby && b.Node == s.node {
+		if b.At.Sub(s.ownAt) > logAway {
+			s.spare = b.At.Add(spareTime)
+		}
+		s.ownAt = b.At
+	}
 }
 
 // watch waits for a reason to take over.
@@ -357,7 +370,13 @@ func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	if s.ledger.Exited {
 		return "the server process has died", now
 	}
-	if suspect, silence := s.detector.Tick(now); suspect {
+	if now.Before(s.spare) && s.watching != "" {
+		s.detector.Observe(now)
+	}
+	// Our own heartbeats take the same way: when they do not arrive either, it is
+	// the log's server that is silent, and nobody can tell about the primary.
+	suspect, silence := s.detector.Tick(now)
+	if suspect && s.ownAt.After(s.heardAt.Add(s.cfg.Detect/2)) {
 		return fmt.Sprintf("no heartbeat of the primary for %v", silence.Round(time.Millisecond)), now.Add(-silence)
 	}
 	return "", now
