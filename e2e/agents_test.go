@@ -23,7 +23,9 @@ type agent struct {
 	w    *world
 	host *lab.Host
 	proc *lab.Process
-	join string // of a daemon that keeps the log
+	join string // of the log
+
+	keepsLog bool
 }
 
 // start starts a daemon; env is added to its environment.
@@ -59,7 +61,7 @@ func (w *world) startStandby(h *lab.Host, join string, args ...string) *agent {
 	}
 	a := w.start(h, env, append([]string{"standby", "--dev", "eth0"}, args...)...)
 	if a.join = join; join == "" {
-		a.join = a.line("join: ")
+		a.join, a.keepsLog = a.line("join: "), true
 	}
 	return a
 }
@@ -68,7 +70,7 @@ func (w *world) startStandby(h *lab.Host, join string, args ...string) *agent {
 func (w *world) startLog(args ...string) *agent {
 	w.Helper()
 	a := w.start(w.logHost, nil, append([]string{"logserver", "--listen", "10.77.0.5:4222"}, args...)...)
-	a.join = a.line("join: ")
+	a.join, a.keepsLog = a.line("join: "), true
 	return a
 }
 
@@ -76,7 +78,7 @@ func (w *world) startLog(args ...string) *agent {
 func (w *world) tryProtect(pid int, join string, args ...string) *agent {
 	w.Helper()
 	return w.start(w.primary, []string{"FTCKPT_JOIN=" + join},
-		append([]string{"protect", "--pid", strconv.Itoa(pid), "--vip", vipCIDR, "--dev", "eth0", "--interval", "1s", "--port", port}, args...)...)
+		append([]string{"protect", "--pid", strconv.Itoa(pid), "--vip", vipCIDR, "--dev", "eth0", "--interval", "1s"}, args...)...)
 }
 
 // protect starts protect and waits until the first generation is stable.
@@ -193,20 +195,24 @@ func (w *world) status(h *lab.Host) (s control.Status, ok bool) {
 func (w *world) untilStatus(h *lab.Host, what string, ok func(control.Status) bool) control.Status {
 	w.Helper()
 	var last control.Status
-	deadline := time.Now().Add(patience)
+	start := time.Now()
 	for {
 		s, there := w.status(h)
 		if there {
 			if last = s; ok(s) {
-				return s
+				break
 			}
 		}
-		if time.Now().After(deadline) {
+		if time.Since(start) > patience {
 			b, _ := json.Marshal(last)
 			w.Fatalf("waited %v for status of %s: %s; last was %s", patience, h.Name(), what, b)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+	if took := time.Since(start); took > 2*time.Second {
+		w.Logf("waited %.1f s for status of %s: %s", took.Seconds(), h.Name(), what)
+	}
+	return last
 }
 
 // checkpoint asks for a generation, so that all connections there are now are

@@ -156,8 +156,16 @@ func (w *world) capture(h *lab.Host) *lab.Capture {
 // end stops everything, the agents in the way their users do, and looks for
 // what they left.
 func (w *world) end() {
-	for _, a := range slices.Backward(w.agents) { // who needs the log before who keeps it
-		a.stop()
+	start := time.Now()
+	for _, keepsLog := range []bool{false, true} { // who needs the log before who keeps it
+		for _, a := range slices.Backward(w.agents) {
+			if a.keepsLog == keepsLog {
+				a.stop()
+			}
+		}
+	}
+	if took := time.Since(start); took > 2*time.Second {
+		w.Logf("waited %.1f s for: all agents stop", took.Seconds())
 	}
 	for _, s := range w.servers {
 		_ = s.Signal(syscall.SIGKILL)
@@ -211,10 +219,15 @@ func (w *world) until(what string, ok func() bool) {
 
 func (w *world) within(limit time.Duration, what string, ok func() bool) {
 	w.Helper()
-	for deadline := time.Now().Add(limit); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
+	start := time.Now()
+	for !ok() {
+		if time.Since(start) > limit {
 			w.Fatalf("waited %v for: %s", limit, what)
 		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	if took := time.Since(start); took > 2*time.Second { // not wrong, and worth knowing
+		w.Logf("waited %.1f s for: %s", took.Seconds(), what)
 	}
 }
 
