@@ -297,19 +297,19 @@ func (q *NFQueue) Verdict(id PacketID, v Verdict) {
 func (q *NFQueue) Flush() error {
 	q.sendMu.Lock()
 	defer q.sendMu.Unlock()
-	for {
-		if len(q.sending) == 0 {
-			q.verdictMu.Lock()
-			q.pending, q.sending = q.sending, q.pending
-			q.verdictMu.Unlock()
-		}
-		if len(q.sending) == 0 {
-			return nil
-		}
+	if len(q.sending) > 0 { // of a Flush that failed
 		if err := q.sendVerdicts(); err != nil {
 			return err
 		}
 	}
+	// Once: what comes from here on has a Flush of its own behind it.
+	q.verdictMu.Lock()
+	q.pending, q.sending = q.sending, q.pending
+	q.verdictMu.Unlock()
+	if len(q.sending) == 0 {
+		return nil
+	}
+	return q.sendVerdicts()
 }
 
 // sendVerdicts gives the kernel q.sending in pieces that its send buffer takes.

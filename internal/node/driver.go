@@ -72,11 +72,23 @@ func (d *driver) close() error {
 }
 
 // with runs f with the machines to itself and then does what they want done.
+// When it returns, every verdict that was decided before is with the kernel.
 func (d *driver) with(f func()) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.finish()
 	f()
+}
+
+// finish ends an event: it does what the machines want done and lets go of mu.
+// The kernel sends and delivers packets within the call that gives it their
+// verdicts; meanwhile others may go on with the machines. The datapath keeps
+// verdicts in order.
+func (d *driver) finish() {
 	d.carryOut()
+	d.mu.Unlock()
+	if err := d.dp.Flush(); err != nil && !errors.Is(err, tcpwrap.ErrClosed) {
+		d.log.Error("give verdicts", "err", err)
+	}
 }
 
 func (d *driver) receive() {
@@ -102,11 +114,7 @@ func (d *driver) receive() {
 				d.carryOut()
 			}
 		}
-		d.carryOut()
-		if err := d.dp.Flush(); err != nil {
-			d.log.Error("give verdicts", "err", err)
-		}
-		d.mu.Unlock()
+		d.finish()
 	}
 }
 
@@ -187,14 +195,9 @@ func (d *driver) send(o *tcpwrap.Outgoing) {
 // stable is the log's notice; it comes from the writer's goroutine.
 func (d *driver) stable(p stream.Position) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.machine == nil {
-		return
-	}
-	d.machine.Stable(time.Now(), p)
-	d.carryOut()
-	if err := d.dp.Flush(); err != nil {
-		d.log.Error("give verdicts", "err", err)
+	defer d.finish()
+	if d.machine != nil {
+		d.machine.Stable(time.Now(), p)
 	}
 }
 
@@ -227,11 +230,7 @@ func (d *driver) tick() {
 			if d.machine != nil {
 				d.machine.Tick()
 			}
-			d.carryOut()
-			if err := d.dp.Flush(); err != nil {
-				d.log.Error("give verdicts", "err", err)
-			}
-			d.mu.Unlock()
+			d.finish()
 		}
 	}
 }
