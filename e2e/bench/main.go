@@ -64,6 +64,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	quick := fs.Bool("quick", false, "a run of two minutes (also BENCH_QUICK=1)")
 	fs.IntVar(&o.Pairs, "pairs", 0, "`N` pairs of measurements (default by the plan)")
 	fs.DurationVar(&o.Slice, "slice", 0, "`TIME` of one measurement (default by the plan)")
+	mb := fs.Int("mb", 0, "pauses of a server of `N` MB alone (default 10 and 500)")
 	if err := fs.Parse(args); err != nil {
 		return o, err
 	}
@@ -72,6 +73,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if o.Pairs > 0 {
 		full.Pairs = o.Pairs
+	}
+	if *mb > 0 {
+		full.PauseMB = []int{*mb}
 	}
 	if o.Slice > 0 {
 		full.Slice = o.Slice
