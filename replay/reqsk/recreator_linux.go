@@ -191,8 +191,8 @@ func (r *Recreator) Forget(t stream.FourTuple) error {
 
 // Result tells what the last ACK came to: nil when TCP has been told to make
 // the connection (see State), an error that wraps ErrWaiting, ErrUnwanted,
-// ErrNoListener or ErrTaken, or else one that wraps the kernel's. After any but
-// nil the ACK was dropped, so that TCP sends no reset for it, and may be sent
+// ErrNoListener or ErrTaken, or else one that wraps the kernel's. After the last
+// three the ACK was dropped, so that TCP sent no reset for it, and it may be sent
 // again.
 func (r *Recreator) Result(t stream.FourTuple) error {
 	var w reqskConnWant
