@@ -199,7 +199,9 @@ func (r *recovery) plan() error {
 			}
 		}
 		if sv.Cut.HasTS {
-			ts += clockMargin
+			// The lowest bit is none of the clock's: it would make it count
+			// microseconds from now on (Linux 6.7, TCP_TIMESTAMP in repair mode).
+			ts = (ts+clockMargin)&^1 | k.Timestamp&1
 			sv.TS = ts
 			patches[k.Inode] = checkpoint.SocketPatch{Timestamp: &ts}
 		}
