@@ -23,7 +23,8 @@ type Newborn struct {
 	Known    bool             // State was logged, and is not merely the handshake's
 	Answered bool             // the client is known to have acknowledged the SYN-ACK
 	Ended    bool             // it is over: what it made the server do is not
-	TS       uint32           // the server's timestamp clock as it has to go on
+	Digests  []stream.OutDigest
+	TS       uint32 // the server's timestamp clock as it has to go on
 }
 
 // Birth is the wish to have a connection re-created in the restored TCP, with
@@ -51,7 +52,7 @@ func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool
 		if ln.Ended && ln.Reason == stream.EndQuarantine {
 			continue
 		}
-		n := Newborn{Open: ln.open, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended}
+		n := Newborn{Open: ln.open, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended, Digests: ln.Digests}
 		n.Answered = ln.answered || ln.Known && ln.accept.ISN.Less(ln.State.ClientAck)
 		opts := tcpwrap.ParseOptions(ln.accept.Options, true)
 		if ts, seen := opts.TSVal, ln.acceptAt; opts.HasTS {
@@ -93,6 +94,7 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 		if syn.WScale >= 0 && synack.WScale >= 0 {
 			l.cut.SndWScale, l.cut.RcvWScale = uint8(syn.WScale), uint8(synack.WScale)
 		}
+		l.compareWith(n.Digests)
 		l.edge = l.ack.Add(seqnum.Size(n.Open.Window)) // a SYN's window is never scaled
 		if l.cut.HasTS {
 			l.clientTS = syn.TSVal

@@ -45,6 +45,8 @@ type Survivor struct {
 	Known bool             // State is set
 	Ended bool             // it has ended since: what it made the server do has not
 	TS    uint32           // the timestamp clock the image was restored with
+
+	Digests []stream.OutDigest // the newest in the log, oldest first
 }
 
 // Engine rolls restored connections forward: it plays the client to the
@@ -62,6 +64,7 @@ type Engine struct {
 	conns  map[stream.FourTuple]*line
 	byID   map[stream.ConnID]*line
 	order  []*line // whose turn it is: one entry for each queued event
+	doomed []Condemned
 	behind []*line // lagging: no longer hold the others up
 	queued int
 	begun  bool // the restored TCP is there
@@ -92,6 +95,7 @@ type Stats struct {
 	Kept                      uint64 // output the client had not seen, kept for go-live
 	Refused                   uint64 // client packets dropped for want of room
 	Condemned                 uint64 // connections reset
+	Divergences               uint64 // connections on which the restored server said something else
 }
 
 type eventKind uint8
@@ -129,7 +133,10 @@ type line struct {
 	finLogged bool
 	reset     bool   // the client reset it
 	resetSent bool   // and the restored TCP was told
-	gap       string // why the log cannot bring it to the present, if it cannot
+	gap       string // why it cannot be brought to the present, if it cannot
+
+	out  tcpwrap.Digest     // of what the restored server says
+	said []stream.OutDigest // what the old one said, as far as it is still ahead of out
 
 	ack  seqnum.Value // the real client's acknowledgement
 	edge seqnum.Value // right edge of the real client's window
@@ -171,6 +178,7 @@ func NewEngine(survivors []Survivor) *Engine {
 			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kSure: c.SndUna, kFin: c.ServerFin,
 			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended,
 		}
+		l.compareWith(s.Digests)
 		if s.Known {
 			l.ack = seqnum.Max(l.ack, s.State.ClientAck)
 			l.edge = seqnum.Max(l.edge, s.State.ClientEdge)
@@ -358,6 +366,7 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 		e.acked(now, l, s)
 	}
 	probe := s.Len() == 0 && s.Seq.Less(l.kNxt) // keep-alive or of a shut window: it wants an answer
+	e.compare(l, s)
 	if l.kNxt.Less(end) {
 		l.kNxt, l.grew = end, now
 	}

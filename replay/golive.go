@@ -21,7 +21,6 @@ type Condemned struct {
 // cannot be exact it resets that connection and says so (promise 4). Both ends
 // are told, the client at go-live.
 func (e *Engine) Condemn() []Condemned {
-	var out []Condemned
 	for _, l := range e.lines {
 		if l.caughtUp() || l.lagging && l.gap == "" {
 			continue
@@ -33,11 +32,26 @@ func (e *Engine) Condemn() []Condemned {
 		if l.gap != "" {
 			why = l.gap
 		}
-		out = append(out, Condemned{l.cut.Conn, l.cut.Tuple, why})
-		e.condemn(l)
+		e.doom(l, why)
 	}
 	e.sweep()
+	return e.Condemned()
+}
+
+// Condemned answers the connections given up since it was last asked.
+func (e *Engine) Condemned() []Condemned {
+	out := e.doomed
+	e.doomed = nil
 	return out
+}
+
+// doom condemns a connection and says why; sweep must follow. The client of one
+// that has ended is not there to be told.
+func (e *Engine) doom(l *line, why string) {
+	if !l.ended {
+		e.doomed = append(e.doomed, Condemned{l.cut.Conn, l.cut.Tuple, why})
+	}
+	e.condemn(l)
 }
 
 // condemn resets a connection at both ends; sweep must follow. Where exactly

@@ -140,6 +140,12 @@ func (e *Engine) resend(l *line) {
 
 // Tick sees to connections that do not move. Call it every few milliseconds.
 func (e *Engine) Tick(now time.Time) {
+	for _, l := range e.lines {
+		if l.gap != "" && !l.gone { // nothing can mend that, and nobody should wait for it
+			e.doom(l, l.gap)
+		}
+	}
+	e.sweep()
 	e.pump(now)
 	if e.busy && !e.live {
 		e.headSince = now

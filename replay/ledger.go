@@ -28,6 +28,8 @@ type Line struct {
 	Ended  bool
 	Reason stream.EndReason
 
+	Digests []stream.OutDigest // the newest few, oldest first
+
 	opened, accepted bool // its open and accept records were seen
 	answered         bool // and something that the client sent after them
 	open             stream.ConnOpen
@@ -50,6 +52,11 @@ type Ledger struct {
 
 	lines map[stream.ConnID]*Line
 }
+
+// keptDigests is how many digests of a connection are remembered. The newest is
+// ahead of what its client had acknowledged when there was a transfer under way,
+// and a restored server does not say that much before it is live.
+const keptDigests = 8
 
 // NewLedger makes an empty ledger.
 func NewLedger() *Ledger { return &Ledger{lines: map[stream.ConnID]*Line{}} }
@@ -80,6 +87,12 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 	case stream.ConnState:
 		ln := l.line(r.Conn)
 		ln.State, ln.Known, ln.StateAt = r, true, now
+	case stream.OutDigest:
+		ln := l.line(r.Conn)
+		if len(ln.Digests) == keptDigests {
+			ln.Digests = slices.Delete(ln.Digests, 0, 1)
+		}
+		ln.Digests = append(ln.Digests, r)
 	case stream.Bytes:
 		l.line(r.Conn).answered = true
 	case stream.ClientFin:

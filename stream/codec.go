@@ -64,6 +64,9 @@ func AppendRecord(dst []byte, r Record) ([]byte, error) {
 		return be.AppendUint64(dst, uint64(r.FromSeq)), nil
 	case ServerExit:
 		return be.AppendUint32(appendHead(dst, KindServerExit, 4), r.Status), nil
+	case OutDigest:
+		dst = be.AppendUint64(appendHead(dst, KindOutDigest, 24), uint64(r.Conn))
+		return be.AppendUint64(appendSeq(appendSeq(dst, r.Base), r.Seq), r.Sum), nil
 	case Goodbye:
 		return appendHead(dst, KindGoodbye, 0), nil
 	case Hello:
@@ -166,6 +169,8 @@ func decodeBody(kind Kind, b []byte) (Record, error) {
 		r = g
 	case KindServerExit:
 		r = ServerExit{Status: c.u32()}
+	case KindOutDigest:
+		r = OutDigest{Conn: ConnID(c.u64()), Base: c.seq(), Seq: c.seq(), Sum: c.u64()}
 	case KindGoodbye:
 		r = Goodbye{}
 	case KindHello:

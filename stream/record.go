@@ -34,7 +34,7 @@ func (t FourTuple) String() string { return fmt.Sprintf("%s<-%s", t.Server, t.Cl
 type Kind uint8
 
 // Record kinds. The numbers are the wire format (docs/WIRE.md) and never
-// change meaning. Kinds 32 to 63 are kept for the north side (accept, read,
+// change meaning. Kinds 33 to 63 are kept for the north side (accept, read,
 // close, shim results) and the output digest.
 const (
 	KindConnOpen    Kind = 1
@@ -48,6 +48,7 @@ const (
 	KindServerExit  Kind = 9
 	KindHello       Kind = 10
 	KindGoodbye     Kind = 11
+	KindOutDigest   Kind = 32
 )
 
 // Record is one entry of the log. The concrete types below are all there are.
@@ -144,6 +145,20 @@ type Generation struct {
 type ServerExit struct {
 	Status uint32 // wait status as in wait(2); 0 when it could not be had
 }
+
+// OutDigest is what the server has said on a connection: the XXH64 of its
+// outstream from Base up to Seq. A recovery that makes other octets is not exact.
+// A base is where the connection stood in a generation's image, or its first
+// octet.
+type OutDigest struct {
+	Conn ConnID
+	Base seqnum.Value
+	Seq  seqnum.Value
+	Sum  uint64
+}
+
+// Kind implements Record.
+func (OutDigest) Kind() Kind { return KindOutDigest }
 
 // Goodbye says that the primary ended protection on purpose and left the
 // server running: its silence from here on is no failure, and a standby must

@@ -60,6 +60,7 @@ type conn struct {
 	dirty       bool            // a ConnState is due
 	carried     bool            // brought here by a takeover
 	openPos     stream.Position // of its open record; 0: its handshake was not seen
+	out         Digest          // of the outstream since the newest cut
 	embryonic   bool            // the client has not answered the SYN-ACK
 
 	opened               bool // we saw the handshake
@@ -162,6 +163,7 @@ func (c *conn) noteCaught(s *Segment) {
 	if end := s.End(); c.sentNxt.Less(end) {
 		c.sentNxt = end
 	}
+	c.out.Write(s.Seq, s.Payload)
 	if s.Flags.Has(FIN) && !c.serverFin {
 		c.serverFin, c.serverFinAt = true, s.End().Sub(1)
 	}
@@ -197,6 +199,10 @@ func laterTS(known, v uint32) bool {
 // closed reports whether both directions have ended and been acknowledged.
 func (c *conn) closed() bool {
 	return c.in.fin && c.finAcked && c.serverFin && c.serverFinAt.Less(c.clientAck)
+}
+
+func (c *conn) digest() stream.OutDigest {
+	return stream.OutDigest{Conn: c.id, Base: c.out.Base(), Seq: c.out.Next(), Sum: c.out.Sum()}
 }
 
 func (c *conn) state() stream.ConnState {

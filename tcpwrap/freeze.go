@@ -72,6 +72,7 @@ func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 			m.stats.Violations++
 			m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndQuarantine})
 			m.forget(c)
+			m.blocked[k.Tuple] = notInImage
 			c = nil
 		}
 		if c == nil {
@@ -83,12 +84,10 @@ func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 			c.carried = !m.frozen
 			m.conns[k.Tuple] = c
 		}
-		if p, yes := m.blocked[k.Tuple]; yes && p == notInImage && m.frozen {
-			m.blocked[k.Tuple] = inImage
-		}
 		if p := c.needs(k.RcvNxt); p != 0 {
 			from = min(from, p)
 		}
+		c.out.Begin(k.SndNxt)
 		k.Conn = c.id
 		edge := seqnum.Max(k.SndUna.Add(k.SndWnd), c.clientEdge)
 		k.SndUna = seqnum.Max(k.SndUna, c.clientAck)
@@ -96,8 +95,10 @@ func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 		k.ClientTS, k.ServerTS = c.clientTS, c.serverTS
 		adopted = append(adopted, k)
 	}
-	if m.frozen {
-		m.unblockLost()
+	for t, p := range m.blocked {
+		if p == notInImage && m.frozen { // in the image is what it said, if not its socket
+			m.blocked[t] = inImage
+		}
 	}
 	return adopted, from
 }
@@ -108,16 +109,6 @@ const (
 	notInImage stream.Position = 0
 	inImage    stream.Position = math.MaxUint64 // the generation has no record yet
 )
-
-// unblockLost lets go of quarantined connections that the image does not have:
-// their socket is gone.
-func (m *Machine) unblockLost() {
-	for t, p := range m.blocked {
-		if p == notInImage {
-			delete(m.blocked, t)
-		}
-	}
-}
 
 // unblock lets quarantined connections speak again that are in the image of a
 // generation which has become stable.

@@ -68,6 +68,7 @@ func (m *Machine) established(c *conn, s *Segment) *conn {
 	}
 	c = newConn(cut.Conn, cut)
 	c.opened, c.clientISN, c.serverISN = true, h.isn, s.Seq
+	c.out.Begin(s.Seq.Add(1))
 	m.conns[s.Tuple] = c
 	m.embryo(c)
 	c.openPos = m.depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})

@@ -184,6 +184,7 @@ func (m *Machine) Tick() {
 	for _, c := range m.dirty {
 		c.dirty = false
 		if m.conns[c.tuple] == c {
+			m.tell(c)
 			m.Append(c.state())
 		}
 	}
@@ -283,6 +284,15 @@ func (m *Machine) lowered(c *conn, s *Segment) {
 	})
 }
 
+// tell logs what the server has said since the last time, as a digest. It goes
+// ahead of what the client says next, so that a replay is compared with all but
+// the last answers of a server that died.
+func (m *Machine) tell(c *conn) {
+	if c.out.fresh() {
+		m.Append(c.digest())
+	}
+}
+
 // take logs what is new and in order. It answers false when the segment may not
 // go on: it is ahead of its turn and there is no room to keep it, or it is news
 // and the log lags behind.
@@ -299,6 +309,7 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 	ok := c.in.offer(s.Seq, s.Payload, fin, budget,
 		func(seq seqValue, data []byte) {
 			for len(data) > 0 { // a super-segment and what it made complete may exceed a record
+				m.tell(c)
 				n := min(len(data), stream.MaxPayload)
 				p := m.depend(stream.Bytes{Conn: c.id, Seq: seq, Payload: data[:n]})
 				seq = seq.Add(seqSize(n))
@@ -354,6 +365,9 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 // caught takes what a segment of the server's says about its connection.
 func (m *Machine) caught(c *conn, s *Segment) {
 	c.noteCaught(s)
+	if s.Flags.Has(RST) || c.closed() {
+		m.tell(c)
+	}
 	switch {
 	case s.Flags.Has(RST):
 		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})

@@ -183,5 +183,8 @@ func (p *machinePlay) record(r stream.Record) string {
 	case stream.Generation:
 		return "generation"
 	}
+	if d, ok := r.(stream.OutDigest); ok {
+		return fmt.Sprintf("digest %d: %d to %d", d.Conn, d.Base, d.Seq)
+	}
 	return fmt.Sprintf("%T", r)
 }

@@ -69,7 +69,9 @@ type primary struct {
 	role     control.Role
 	takeover *control.Takeover
 	takes    int
-	spared   bool // run has ended and the server lives on
+
+	divergences uint64 // connections on which the restored server said something else
+	spared      bool   // run has ended and the server lives on
 }
 
 // place is where the server runs.

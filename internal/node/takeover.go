@@ -190,7 +190,9 @@ func (r *recovery) plan() error {
 		sv.Cut.Conn = id
 		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
 		ln := r.ledger.Line(id)
-		sv.Ended = ln != nil && ln.Ended
+		if ln != nil {
+			sv.Ended, sv.Digests = ln.Ended, ln.Digests
+		}
 		if ln != nil && ln.Known {
 			sv.State, sv.Known = ln.State, true
 			if ln.State.ServerTS != 0 {
@@ -298,17 +300,20 @@ func (r *recovery) rollForward(ctx context.Context, pid int) error {
 		return fmt.Errorf("replay the log from %d: %w", r.loc.gen.FromSeq, err)
 	}
 	r.drv.with(func() { r.engine.Fed(time.Now()) })
-	if err := r.progress(ctx, r.engine.Done); err != nil {
-		if !errors.Is(err, errNoProgress) {
-			return err
-		}
-		r.drv.with(func() {
-			for _, c := range r.engine.Condemn() {
-				r.clock.t.Resets++
-				r.log.Error("connection reset: its recovery cannot be exact", "conn", c.Tuple, "why", c.Why)
-			}
-		})
+	stuck := r.progress(ctx, r.engine.Done)
+	if stuck != nil && !errors.Is(stuck, errNoProgress) {
+		return stuck
 	}
+	r.drv.with(func() {
+		gone := r.engine.Condemned()
+		if stuck != nil {
+			gone = append(gone, r.engine.Condemn()...)
+		}
+		for _, c := range gone {
+			r.clock.t.Resets++
+			r.log.Error("connection reset: its recovery cannot be exact", "conn", c.Tuple, "why", c.Why)
+		}
+	})
 	st := r.engineStats()
 	r.clock.step("replayed", &r.clock.t.ReplayMS,
 		"injected", st.Injected, "injected_bytes", st.InjectedBytes, "swallowed_bytes", st.SwallowedBytes, "resent", st.Resent, "kept", st.Kept)
@@ -407,8 +412,9 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	r.clock.t.TotalMS = float64(time.Since(r.clock.start).Microseconds()) / 1000
 	r.log.Info("live", "event", "live", "ms", r.clock.t.TotalMS, "connections", live, "resets", r.clock.t.Resets, "epoch", r.w.Epoch())
 	for _, o := range orphans {
-		r.log.Warn("connection reset: it is younger than the newest generation", "conn", o.Tuple)
+		r.log.Warn("connection reset: it is younger than the newest generation, and cannot be re-created", "conn", o.Tuple)
 	}
+	p.divergences = r.engineStats().Divergences
 	p.takeover = &r.clock.t
 	return p, nil
 }
