@@ -93,6 +93,7 @@ func (d *driver) finish() {
 
 func (d *driver) receive() {
 	defer d.done.Done()
+	ahead(d.log)
 	var packets []tcpwrap.Packet
 	for {
 		var err error
