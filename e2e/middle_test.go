@@ -77,33 +77,3 @@ func setValue(request []byte) []byte {
 	}
 	return rest[len(fmt.Sprintf("$%d\r\n", valueLen)):][:valueLen]
 }
-
-// A connection younger than the newest generation cannot be carried over yet:
-// it ends with a reset, and soon, so that its client can dial again.
-func TestYoungConnectionsAreReset(t *testing.T) {
-	for _, d := range deaths {
-		t.Run(d.name, func(t *testing.T) {
-			w := newWorld(t)
-			redis := w.startRedis(w.primary)
-			standby := w.startStandby(w.standby, "")
-			w.protect(redis.PID(), standby.join, "--interval", "0")
-			old := w.dial()
-			w.checkpoint(w.primary, w.standby)
-			silent, talker, half := w.dial(), w.dial(), w.dial()
-			w.must(talker.ask(longName("talk", 20_000)))
-			w.must(half.send([]byte("*2\r\n$4\r\nEC")))
-			w.must(old.ask("before"))
-			w.until("all is logged", func() bool { s, _ := w.status(w.primary); return s.Log.LagRecords == 0 })
-			d.do(w, redis)
-			w.must(talker.send(command("ECHO", "into the void")))
-			if s := w.takenOver(w.standby, 3); s.Takeover.Connections != 1 {
-				t.Errorf("status: %d connections carried over, want 1", s.Takeover.Connections)
-			}
-			start := time.Now()
-			for _, k := range []*raw{silent, talker, half} {
-				w.check(k.reset(time.Until(start.Add(2 * time.Second))))
-			}
-			w.check(old.quiet(), old.ask("after"), w.dial().ask("a new one"))
-		})
-	}
-}

@@ -12,7 +12,6 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -40,6 +39,10 @@ func (w *world) connect() *raw {
 	c, err := w.client.Dial(ctx, "tcp", service)
 	w.must(err)
 	w.Cleanup(func() { _ = c.Close() })
+	return newRaw(w, c)
+}
+
+func newRaw(w *world, c net.Conn) *raw {
 	return &raw{w: w, c: c.(*net.TCPConn), r: bufio.NewReaderSize(c, 64<<10)}
 }
 
@@ -100,16 +103,6 @@ func (k *raw) quiet() error {
 		return fmt.Errorf("%s: %w", k.name(), err)
 	}
 	return nil
-}
-
-// reset waits for the connection to be reset and tells how it ended.
-func (k *raw) reset(limit time.Duration) error {
-	_ = k.c.SetReadDeadline(time.Now().Add(limit))
-	n, err := io.Copy(io.Discard, k.r)
-	if errors.Is(err, syscall.ECONNRESET) {
-		return nil
-	}
-	return fmt.Errorf("%s: want a reset, got %d bytes and %v", k.name(), n, err)
 }
 
 // noise is n bytes that follow from a seed.
