@@ -22,7 +22,9 @@ type Config struct {
 	User, Password, Token, CredsFile string
 	TLS                              *tls.Config // for tls://, nil: the system's roots
 
-	// Replicas of the streams when they have to be created: 1 (also 0), 3 or 5.
+	// Replicas of the streams when they have to be created: 1, 3 or 5; 0 means 3
+	// on a cluster, so that a log there survives the loss of one of its hosts, and
+	// 1 on a server alone.
 	Replicas int
 	// LogBytes is the size at which the log is full, when it has to be created; 0: 2 GiB.
 	LogBytes int64

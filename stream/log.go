@@ -44,7 +44,6 @@ func Open(ctx context.Context, cfg Config) (*Log, error) {
 	if cfg.Replicas < 0 || cfg.Replicas > 5 || cfg.LogBytes < 0 || cfg.StoreBytes < 0 || cfg.MaxBacklog < 0 {
 		return nil, fmt.Errorf("open log: %w settings: negative sizes or %d replicas", ErrInvalid, cfg.Replicas)
 	}
-	cfg.Replicas = max(cfg.Replicas, 1)
 	if cfg.LogBytes == 0 {
 		cfg.LogBytes = defaultLogBytes
 	}
@@ -161,6 +160,12 @@ func (l *Log) create(ctx context.Context) error {
 	js, err := jetstream.New(c.nc)
 	if err != nil {
 		return err
+	}
+	if l.cfg.Replicas == 0 {
+		l.cfg.Replicas = 1
+		if c.nc.ConnectedClusterName() != "" {
+			l.cfg.Replicas = 3
+		}
 	}
 	for _, want := range []jetstream.StreamConfig{l.logConfig(), l.storeConfig()} {
 		s, err := js.Stream(ctx, want.Name)

@@ -228,7 +228,7 @@ func cluster(t *testing.T) *target {
 			if via != nil {
 				u = "nats://" + via.addr
 			}
-			return Config{Service: service, URL: u, Token: clusterPw, Replicas: n}
+			return Config{Service: service, URL: u, Token: clusterPw} // a cluster gets its replicas unasked
 		},
 		crash: func(l *Log) {
 			st, err := l.Status(t.Context())
