@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Three hosts from network namespaces, for the examples: source it.
 #
 #   client 10.91.0.2 ─┐

@@ -23,7 +23,7 @@ while [ ! -e "$2/stop" ]; do
 done
 echo "$n replies, all right; the longest took $((longest / 1000)) ms"
 C
-on client bash "$dir/client.sh" $vip "$dir" >"$dir/client.out" 2>"$dir/client.err" &
+on client bash "$dir/client.sh" "$vip" "$dir" >"$dir/client.out" 2>"$dir/client.err" &
 client=$!
 
 counted() { [ "$(cat "$dir/count" 2>/dev/null || echo 0)" -gt "$1" ]; }

@@ -140,6 +140,7 @@ probe_reason() { # why the last probe failed, on one line
 newer_source() {
 	local list parts codename f
 	eval "$(apt-config shell list Dir::Etc::sourcelist/f parts Dir::Etc::sourceparts/d)"
+	# shellcheck source=/dev/null # each machine has its own
 	codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
 	for f in "$parts"*.sources; do # deb822-style
 		[ -r "$f" ] || continue
@@ -207,11 +208,11 @@ fetch_newer() {
 		WHY="no Debian package source that is enabled on this machine"
 		return 1
 	}
-	private_apt -o APT::Update::Error-Mode=any update >"$TMP/criu-apt.log" 2>&1 &&
-		private_apt install --download-only --no-install-recommends criu >>"$TMP/criu-apt.log" 2>&1 || {
+	if ! { private_apt -o APT::Update::Error-Mode=any update &&
+		private_apt install --download-only --no-install-recommends criu; } >"$TMP/criu-apt.log" 2>&1; then
 		WHY=$(apt_reason "$TMP/criu-apt.log")
 		return 1
-	}
+	fi
 	local deb
 	for deb in "$TMP"/apt/cache/archives/*.deb; do
 		[ -e "$deb" ] || {
@@ -240,7 +241,7 @@ WRAP
 }
 
 install_private_criu() {
-	command -v apt-get >/dev/null && command -v dpkg >/dev/null ||
+	{ command -v apt-get && command -v dpkg; } >/dev/null ||
 		die "this kernel needs criu >= $CRIU_MIN and this is no Debian: install one and set FTCKPT_CRIU to its path"
 	local suite staging=$PREFIX.new.$$ WHY=""
 	CLEAN+=("$staging")
@@ -252,7 +253,7 @@ install_private_criu() {
 			WHY="its packages have no loader, libc or criu where expected"
 			continue
 		}
-		rm -rf "$staging/usr/share"
+		rm -rf "${staging:?}/usr/share"
 		rm -rf "$PREFIX"
 		mv "$staging" "$PREFIX" # the wrapper's names are right only from here on
 		if probe "$WRAPPER"; then

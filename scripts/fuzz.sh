@@ -9,7 +9,13 @@ status=0
 count=0
 
 while read -r pkg; do
-	for f in $("$GO" test -list '^Fuzz' "$pkg" | grep '^Fuzz' || true); do
+	# A package whose tests do not build is a finding, not one without fuzzers.
+	listed=$("$GO" test -list '^Fuzz' "$pkg") || {
+		printf '%s\n' "$listed" >&2
+		status=1
+		continue
+	}
+	for f in $(grep '^Fuzz' <<<"$listed" || true); do
 		count=$((count + 1))
 		printf 'fuzz: %s %s for %s\n' "$pkg" "$f" "$time"
 		"$GO" test -run '^$' -fuzz "^$f\$" -fuzztime "$time" "$pkg" || status=1
