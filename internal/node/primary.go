@@ -138,6 +138,7 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 		defer close(done)
 		next := time.NewTimer(0)
 		defer next.Stop()
+		var room pressure
 		look := time.NewTicker(lookEvery)
 		defer look.Stop()
 		announced := false
@@ -152,10 +153,11 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 				answer = req.answer
 			case <-next.C:
 			case <-look.C:
-				if !p.wantsGeneration() {
+				why := room.urgent(ctx, p, time.Now())
+				if why == "" {
 					continue
 				}
-				p.log.Warn("connections wait for a generation before they can be protected: taking one now")
+				p.log.Warn("taking a generation before its time", "why", why)
 			}
 			res, err := p.generation(ctx)
 			if answer != nil {
