@@ -139,6 +139,18 @@ func (e *Engine) Joined() []tcpwrap.Cut {
 // GoLive these are the lagging ones alone.
 func (e *Engine) Owns(t stream.FourTuple) bool { return !e.live || e.conns[t] != nil }
 
+// Lagging is the number of connections that the engine still feeds; those that
+// wait for the answer to a SYN-ACK are not among them.
+func (e *Engine) Lagging() int {
+	n := 0
+	for _, l := range e.lines {
+		if !l.unborn() {
+			n++
+		}
+	}
+	return n
+}
+
 // Remaining is the number of connections the engine still has.
 func (e *Engine) Remaining() int { return len(e.conns) }
 

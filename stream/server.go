@@ -59,6 +59,7 @@ const (
 	maxPayload     = 1 << 20
 	startTimeout   = 10 * time.Second
 	syncInterval   = time.Second
+	writeDeadline  = 3 * time.Second
 )
 
 // Server is an embedded NATS server with JetStream, TLS and a secret. Nothing
@@ -130,6 +131,9 @@ func startServer(o ServerOptions) (_ *Server, err error) {
 		TLSHandshakeFirst: true, // a stranger does not even get the greeting
 		TLSTimeout:        2,
 		AuthTimeout:       2,
+		// A peer whose host has died takes nothing more: neither appends of others
+		// nor our own end may wait for it.
+		WriteDeadline: writeDeadline,
 	}
 	if o.Listen != "" {
 		host, port, err := net.SplitHostPort(o.Listen)

@@ -132,6 +132,8 @@ func (d *driver) packet(now time.Time, p *tcpwrap.Packet) {
 		return
 	}
 	switch {
+	case d.frozen() && d.engine != nil && d.engine.Owns(s.Tuple):
+		d.dp.Verdict(p.ID, tcpwrap.Drop) // nothing may be made in a server that is being dumped
 	case d.engine != nil && d.engine.Owns(s.Tuple) && d.engine.Packet(now, p.ID, &s):
 	case d.machine != nil:
 		dying := p.Dir == tcpwrap.Outbound && s.Flags&(tcpwrap.FIN|tcpwrap.RST) != 0 && d.dying()
@@ -217,7 +219,7 @@ func (d *driver) tick() {
 				every = want
 				t.Reset(every)
 			}
-			if d.engine != nil {
+			if d.engine != nil && !d.frozen() {
 				d.engine.Busy(d.busy != nil && d.busy())
 				d.engine.Tick(now)
 				if cuts := d.engine.Joined(); len(cuts) > 0 && d.machine != nil {
@@ -235,6 +237,8 @@ func (d *driver) tick() {
 		}
 	}
 }
+
+func (d *driver) frozen() bool { return d.machine != nil && d.machine.Frozen() }
 
 // pace is how often to tick: clients wait while there is an engine.
 func (d *driver) pace() time.Duration {

@@ -20,6 +20,9 @@ import (
 // end; CRIU then lets go of the server and the generation has failed.
 const dumpTimeout = 60 * time.Second
 
+// laggardTime is how long a generation waits for connections that lag.
+const laggardTime = 10 * time.Second
+
 // taken is a generation that this primary took, or was restored from.
 type taken struct {
 	gen      stream.Generation
@@ -80,6 +83,7 @@ func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult,
 	if err := os.RemoveAll(dir); err != nil {
 		return res, fmt.Errorf("make room for generation %d: %w", id, err)
 	}
+	p.awaitLaggards(ctx)
 	defer func() {
 		if err := os.RemoveAll(dir); err != nil {
 			p.log.Warn("remove an image", "err", err)
@@ -110,6 +114,18 @@ func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult,
 	return control.CheckpointResult{ID: id, Bytes: uint64(m.ImageBytes), PauseUS: m.PauseUS}, nil
 }
 
+// awaitLaggards gives connections that a takeover has not brought up to date yet
+// some time: the engine feeds them, and a dump would cut through that.
+func (p *primary) awaitLaggards(ctx context.Context) {
+	lagging := func() (yes bool) {
+		p.drv.with(func() { yes = p.drv.engine != nil && p.drv.engine.Lagging() > 0 })
+		return yes
+	}
+	for end := time.Now().Add(laggardTime); lagging() && time.Now().Before(end) && ctx.Err() == nil; {
+		sleep(ctx, 4*tickEvery)
+	}
+}
+
 // dump cuts through the connections: packets wait from just before the freeze
 // until the machine knows where each connection stands in the image.
 func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.Manifest, error) {
@@ -121,7 +137,18 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 		PID: p.where.pid, InitPID: p.where.initPID, Dir: dir,
 		Hold: func() error {
 			held = time.Now()
-			p.drv.with(func() { m.Cut = p.drv.machine.Freeze() })
+			lagging := 0
+			p.drv.with(func() {
+				if e := p.drv.engine; e != nil {
+					lagging = e.Lagging()
+				}
+				if lagging == 0 {
+					m.Cut = p.drv.machine.Freeze()
+				}
+			})
+			if lagging > 0 {
+				return fmt.Errorf("%d connections are still being brought up to date", lagging)
+			}
 			return nil
 		},
 	})

@@ -70,8 +70,9 @@ type primary struct {
 	takeover *control.Takeover
 	takes    int
 
-	divergences uint64 // connections on which the restored server said something else
-	spared      bool   // run has ended and the server lives on
+	lowSpace    time.Time // when a standby last said that its log is low on space
+	divergences uint64    // connections on which the restored server said something else
+	spared      bool      // run has ended and the server lives on
 }
 
 // place is where the server runs.

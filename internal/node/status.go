@@ -44,6 +44,9 @@ func (p *primary) heard(b stream.Beat) {
 	stable := p.w.Stable()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if sb.LowSpace {
+		p.lowSpace = b.At
+	}
 	if _, known := p.standbys[b.Node]; !known && len(p.standbys) >= maxStandbys {
 		return
 	}
@@ -114,7 +117,7 @@ func (p *primary) Status() control.Status {
 			Bytes: uint64(p.gen.manifest.ImageBytes), PauseUS: p.gen.manifest.PauseUS,
 		}
 	}
-	if p.server != nil && p.server.Space().Low {
+	if p.server != nil && p.server.Space().Low || time.Since(p.lowSpace) < 2*standbySilence {
 		s.Log.State = control.LogLowSpace
 	}
 	if state.Phase != stream.WriterOK {
