@@ -85,14 +85,20 @@ func (e *Endpoint) receiveSynSent(s *tcpwrap.Segment) {
 // acknowledged takes the acknowledgement; it answers false when the segment is
 // to be discarded for it.
 func (e *Endpoint) acknowledged(s *tcpwrap.Segment) bool {
-	if !s.Flags.Has(tcpwrap.ACK) || e.Nxt.Less(s.Ack) {
+	if !s.Flags.Has(tcpwrap.ACK) {
 		return false
 	}
 	if e.State == SynReceived {
-		if s.Ack != e.Nxt {
+		if s.Ack != e.Nxt { // RFC 9293, 3.10.7.4
+			if r, ok := Refusal(s); ok {
+				e.Out = append(e.Out, r)
+			}
 			return false
 		}
 		e.State = Established
+	}
+	if e.Nxt.Less(s.Ack) {
+		return false
 	}
 	if e.Una.LessEq(s.Ack) {
 		e.Una = s.Ack
