@@ -61,7 +61,7 @@ func TestCRIUFails(t *testing.T) {
 			} else {
 				w.protect(redis.PID(), standby.join)
 			}
-			l := w.startLoad(loadgen.Config{Redis: 6, Idle: 1, Half: 1, PaceUS: 2000})
+			l := w.startLoad(loadgen.Config{Redis: 7, Half: 1, PaceUS: 2000})
 			good := w.checkpoint(w.primary, w.standby)
 
 			set(mode)

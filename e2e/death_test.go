@@ -12,7 +12,7 @@ import (
 // busy is the load of the random failures: more than 10 connections, of all
 // kinds.
 var busy = loadgen.Config{
-	Redis: 8, Idle: 2, Upload: 1, Download: 1, Half: 2,
+	Redis: 10, Upload: 1, Download: 1, Half: 2,
 	PaceUS: 2000, TransferBytes: 2 << 20, TransferUS: 1_000_000,
 }
 
@@ -42,12 +42,14 @@ func TestDeathUnderLoad(t *testing.T) {
 				w := newWorld(t)
 				redis, protect, _ := w.pair()
 				l := w.startLoad(busy)
+				idle := w.dial()
 				w.checkpoint(w.primary, w.standby)
 				w.somewhen(1500 * time.Millisecond)
 				d.do(w, redis)
 				died := time.Now()
 				w.takenOver(w.standby, 0)
 				l.past(died)
+				w.check(idle.quiet(), idle.ask("still here"))
 				l.finish()
 				if d.name == "process" {
 					protect.exits(exitcode.Failed)
