@@ -127,6 +127,16 @@ func (l *Ledger) Introduce(gen stream.Generation, tuples map[stream.ConnID]strea
 	}
 }
 
+// SeenAsIn takes the times at which things were read from a ledger that read
+// them when they came: this one has read them all at once.
+func (l *Ledger) SeenAsIn(other *Ledger) {
+	for id, ln := range l.lines {
+		if o := other.lines[id]; o != nil {
+			ln.StateAt, ln.acceptAt = o.StateAt, o.acceptAt
+		}
+	}
+}
+
 // Line is what is known of a connection, nil when nothing is.
 func (l *Ledger) Line(id stream.ConnID) *Line { return l.lines[id] }
 

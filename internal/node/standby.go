@@ -59,6 +59,7 @@ type standby struct {
 	mu       sync.Mutex
 	ledger   *replay.Ledger
 	local    local // newest generation whose image is on this host
+	before   local // the one before it
 	fetchErr error
 	detector *stream.Detector
 	watching string // node the detector listens to
@@ -79,6 +80,15 @@ type local struct {
 	at       time.Time // when its record was read
 	dir      string
 	svc      service
+}
+
+// tuples names the connections of a generation.
+func (l *local) tuples() map[stream.ConnID]stream.FourTuple {
+	t := make(map[stream.ConnID]stream.FourTuple, len(l.manifest.Conns))
+	for _, c := range l.manifest.Conns {
+		t[c.Conn] = c.Tuple
+	}
+	return t
 }
 
 // Standby runs the standby, and the primary it may become, until ctx ends.
@@ -292,14 +302,11 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 	if _, err := checkpoint.Download(ctx, s.store, m.Image, dir, prev); err != nil {
 		return fmt.Errorf("bring generation %d here: %w", gen.ID, err)
 	}
-	tuples := map[stream.ConnID]stream.FourTuple{}
-	for _, c := range m.Conns {
-		tuples[c.Conn] = c.Tuple
-	}
 	s.mu.Lock()
 	if !s.taking {
+		s.before = s.local
 		s.local = local{manifest: m, gen: gen, at: at, dir: dir, svc: svc}
-		s.ledger.Introduce(gen, tuples)
+		s.ledger.Introduce(gen, s.local.tuples())
 	}
 	s.mu.Unlock()
 	removeAllBut(s.log, s.images, dir, before.dir)

@@ -59,7 +59,7 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 	s.mu.Lock()
 	prev := s.ledger.Fence.Seq
 	s.taking = true
-	loc := s.local
+	candidates := []local{s.local, s.before}
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
@@ -78,7 +78,7 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 		return fmt.Errorf("%w, as far as can be told: %w", errStillPrimary, err)
 	}
 	c.step("fenced", &c.t.FenceMS, "epoch", w.Epoch())
-	p, err := s.becomePrimary(ctx, c, w, loc)
+	p, err := s.recoverFrom(ctx, c, w, candidates)
 	if err != nil {
 		_ = w.Close()
 		// The old primary is fenced and this node cannot go on: clients are told
@@ -109,6 +109,8 @@ type recovery struct {
 	loc   local
 	svc   service
 
+	ledger *replay.Ledger // hides the standby's own: it may be of an older generation
+
 	socks  []checkpoint.Socket
 	engine *replay.Engine
 	reborn map[stream.ConnID]bool // connections that the engine re-creates
@@ -116,11 +118,71 @@ type recovery struct {
 	rules  *tcpwrap.Rules
 }
 
-func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local) (*primary, error) {
-	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: loc.svc}
+// recoverFrom tries the generations in turn: one whose image cannot be restored
+// is not the end while the one before it is there, with its longer log.
+func (s *standby) recoverFrom(ctx context.Context, c *clock, w *stream.Writer, candidates []local) (*primary, error) {
 	if err := s.readUpTo(ctx, w.Fence().Seq); err != nil {
 		return nil, err
 	}
+	ledger := s.ledger
+	var errs []error
+	for i, loc := range candidates {
+		if loc.gen.ID == 0 {
+			continue
+		}
+		if i > 0 {
+			s.log.Error("recovering from the generation before", "generation", loc.gen.ID, "err", errs[i-1])
+			var err error
+			if ledger, err = s.ledgerFrom(ctx, loc, w.Fence().Seq); err != nil {
+				return nil, errors.Join(append(errs, err)...)
+			}
+			if err := s.renewCapsule(ctx); err != nil {
+				return nil, errors.Join(append(errs, err)...)
+			}
+		}
+		p, err := s.becomePrimary(ctx, c, w, loc, ledger)
+		if err == nil {
+			return p, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// ledgerFrom reads the log again from an older generation on: the ledger that
+// follows the log has forgotten what only that generation needs.
+func (s *standby) ledgerFrom(ctx context.Context, loc local, fence stream.StreamSeq) (*replay.Ledger, error) {
+	l := replay.NewLedger()
+	err := s.lg.ReadTo(ctx, loc.gen.FromSeq, fence, func(e stream.Entry) error {
+		l.Apply(time.Now(), e)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the log from generation %d on: %w", loc.gen.ID, err)
+	}
+	l.Introduce(loc.gen, loc.tuples())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l.SeenAsIn(s.ledger)
+	return l, nil
+}
+
+// renewCapsule ends a capsule in which a restore has failed, with whatever is
+// left in it.
+func (s *standby) renewCapsule(ctx context.Context) error {
+	s.closeRecreator()
+	if err := s.capsule.Close(); err != nil {
+		return fmt.Errorf("end the capsule: %w", err)
+	}
+	if _, err := s.openCapsule(ctx); err != nil {
+		return err
+	}
+	s.openRecreator()
+	return nil
+}
+
+func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local, ledger *replay.Ledger) (*primary, error) {
+	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: loc.svc, ledger: ledger}
 	if err := r.plan(); err != nil {
 		return nil, err
 	}
@@ -373,7 +435,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
 		gen: taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
 		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
-		takes: 1, server: r.srv, lastID: r.loc.gen.ID,
+		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID,
 	}
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
 		return nil, err
