@@ -65,7 +65,7 @@ type standby struct {
 	watching string // node the detector listens to
 	heardAt  time.Time
 	ownAt    time.Time // when our own heartbeat last came back from the log's server
-	spare    time.Time // until then nobody is suspected: the log's server was away
+	spare    time.Time // until then nobody is suspected: the log's server was away, or the primary is new
 	primary  *primary  // after the takeover
 	taking   bool
 
@@ -228,6 +228,9 @@ func (s *standby) followFrom(ctx context.Context, from stream.StreamSeq) error {
 func (s *standby) apply(e stream.Entry) {
 	s.mu.Lock()
 	s.ledger.Apply(time.Now(), e)
+	if e.Fence != nil && s.watching != "" { // its first heartbeat is still to come
+		s.spare = time.Now().Add(spareTime)
+	}
 	if _, ok := e.Rec.(stream.Generation); ok {
 		notify(s.news)
 	}
