@@ -199,9 +199,11 @@ func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch, prev stre
 	p.drv.dying, p.drv.failed = watch.Dying, p.end
 	p.w.OnStable(p.drv.stable)
 	m := tcpwrap.NewMachine(p.w.Next(), p.nextConn, tcpwrap.DefaultLimits())
+	svc := p.svc
+	svc.Anew = true
 	p.drv.with(func() {
 		p.drv.machine, p.drv.writer = m, p.w
-		m.Append(stream.Hello{Config: p.svc.hello()})
+		m.Append(stream.Hello{Config: svc.hello()})
 	})
 	p.drv.start()
 	if err := p.rules.Install(); err != nil {

@@ -22,6 +22,9 @@ type service struct {
 	Ports    []uint16      `json:"ports"`
 	Dev      string        `json:"dev"`      // the primary's interface; the capsule's gets the same name
 	Interval time.Duration `json:"interval"` // between generations, ns
+	// Anew says that the epoch began with a server that ran already: what it did
+	// before is in no log, so no generation of an earlier epoch leads to it.
+	Anew bool `json:"anew,omitempty"`
 }
 
 func (s service) hello() []byte {

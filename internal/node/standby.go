@@ -58,8 +58,9 @@ type standby struct {
 
 	mu       sync.Mutex
 	ledger   *replay.Ledger
-	local    local // newest generation whose image is on this host
-	before   local // the one before it
+	local    local           // newest generation whose image is on this host
+	anew     stream.Position // where the newest server began that no earlier generation leads to
+	before   local           // the one before it
 	fetchErr error
 	detector *stream.Detector
 	watching string // node the detector listens to
@@ -231,7 +232,12 @@ func (s *standby) apply(e stream.Entry) {
 	if e.Fence != nil && s.watching != "" { // its first heartbeat is still to come
 		s.spare = time.Now().Add(spareTime)
 	}
-	if _, ok := e.Rec.(stream.Generation); ok {
+	switch r := e.Rec.(type) {
+	case stream.Hello:
+		if svc, err := parseService(r.Config); err != nil || svc.Anew {
+			s.anew = e.Pos
+		}
+	case stream.Generation:
 		notify(s.news)
 	}
 	s.mu.Unlock()
@@ -374,7 +380,7 @@ func (s *standby) watch(ctx context.Context) error {
 func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.local.gen.ID == 0 || s.ledger.Released || s.ledger.Fence.Epoch == 0 {
+	if !s.usable() || s.ledger.Released || s.ledger.Fence.Epoch == 0 {
 		return "", now
 	}
 	if s.ledger.Exited {
@@ -391,6 +397,10 @@ func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	}
 	return "", now
 }
+
+// usable reports whether the log leads from the generation here to the present.
+// The caller holds mu.
+func (s *standby) usable() bool { return s.local.gen.ID != 0 && s.local.gen.Cut >= s.anew }
 
 func removeAllBut(log *slog.Logger, dir string, keep ...string) {
 	entries, err := os.ReadDir(dir)

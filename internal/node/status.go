@@ -191,7 +191,7 @@ func (s *standby) Status() control.Status {
 		st.Reason = "the primary ended protection on purpose"
 	case s.fetchErr != nil:
 		st.Reason = s.fetchErr.Error()
-	case s.local.gen.ID == 0:
+	case !s.usable():
 		st.Reason = "no generation here yet"
 	case !beating:
 		st.Reason = "the primary is not heard of"
