@@ -28,6 +28,9 @@ const (
 	// idle, that is, has accepted them: an accept queue that is full drops them
 	// without a word.
 	maxBirths = 64
+	// maxBackoff bounds the time between two probes of one connection: stall
+	// doubled that often.
+	maxBackoff = 4
 	// resend is how many segments one retransmission repeats.
 	resend = 64
 	// maxQueued is how many octets may wait to be injected (Engine.Full).
@@ -162,6 +165,7 @@ type line struct {
 	moved   time.Time
 	grew    time.Time // when it last made progress, probes apart
 	probes  int
+	asked   bool // a probe waits for its answer
 	kept    []tcpwrap.PacketID
 	keptEnd seqnum.Value // end of what is kept
 }
@@ -408,7 +412,7 @@ func (e *Engine) acked(now time.Time, l *line, s *tcpwrap.Segment) {
 	l.kSeen = true
 	l.kEdge = s.Ack.Add(seqnum.Size(s.Window) << l.cut.RcvWScale)
 	if l.kAck.Less(s.Ack) {
-		l.kAck, l.moved, l.grew = s.Ack, now, now
+		l.kAck, l.moved, l.grew, l.probes = s.Ack, now, now, 0
 		n := 0
 		for n < len(l.sent) && l.sent[n].end().LessEq(l.kAck) {
 			n++
@@ -416,4 +420,8 @@ func (e *Engine) acked(now time.Time, l *line, s *tcpwrap.Segment) {
 		clear(l.sent[:n])
 		l.sent = l.sent[n:]
 	}
+	if l.asked && len(l.sent) > 0 {
+		e.resend(l)
+	}
+	l.asked = false
 }

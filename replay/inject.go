@@ -171,14 +171,10 @@ func (e *Engine) Tick(now time.Time) {
 			e.condemn(l)
 			continue
 		}
-		if (len(l.sent) > 0 || len(l.todo) > 0) && now.Sub(l.moved) >= stall {
+		if (len(l.sent) > 0 || len(l.todo) > 0) && now.Sub(l.moved) >= stall<<min(l.probes, maxBackoff) {
 			l.moved = now
 			l.probes++
-			if len(l.sent) > 0 && l.probes%2 == 0 {
-				e.resend(l)
-			} else {
-				e.probe(l)
-			}
+			e.probe(l)
 		}
 	}
 	e.sweep()
@@ -198,6 +194,7 @@ func (e *Engine) probe(l *line) {
 		e.bear(l)
 	}
 	if len(l.sent) > 0 {
+		l.asked = true // acked repeats what the answer says is missing
 		e.hurry(l)
 		return
 	}
