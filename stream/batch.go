@@ -120,16 +120,15 @@ func DecodeBatch(b []byte) (Batch, error) {
 
 const fenceHeader = 4 + 4 + 8 + 8 + 16 + 8 + 1
 
-func appendFence(dst []byte, f Fence) []byte {
-	start := len(dst)
-	dst = be.AppendUint32(dst, magicFence)
+func encodeFence(f Fence) []byte {
+	dst := be.AppendUint32(make([]byte, 0, fenceHeader+len(f.Node)), magicFence)
 	dst = be.AppendUint32(dst, 0)
 	dst = be.AppendUint64(dst, uint64(f.Epoch))
 	dst = be.AppendUint64(dst, uint64(f.Prev))
 	dst = append(dst, f.Nonce[:]...)
 	dst = be.AppendUint64(dst, uint64(f.At.UnixMicro()))
 	dst = append(append(dst, byte(len(f.Node))), f.Node...)
-	be.PutUint32(dst[start+4:], crcOf(dst[start+8:]))
+	be.PutUint32(dst[4:], crcOf(dst[8:]))
 	return dst
 }
 

@@ -71,7 +71,7 @@ func (l *Log) StartBeacon(ctx context.Context, role, node string, every time.Dur
 				return
 			}
 			buf = appendBeat(buf[:0], run, n, p)
-			c.nc.Publish(subject, buf) // an error means a lost connection; next sees to it
+			_ = c.nc.Publish(subject, buf) // an error means a lost connection; next sees to it
 			select {
 			case <-t.C:
 			case <-ctx.Done():

@@ -408,7 +408,7 @@ func testOneWins(t *testing.T, tg *target) {
 	}
 	primary.halt()
 	primary.checkSpan(audit(t, l, 0, w.Fence().Seq))
-	if e := w.Next(); e != Position(audit(t, l, 0, w.Fence().Seq)[1][1])+1 {
+	if e := w.Next(); e != audit(t, l, 0, w.Fence().Seq)[1][1]+1 {
 		t.Fatalf("the winner goes on at %d", e)
 	}
 }

@@ -76,14 +76,14 @@ func (x *exchange) flush(ctx context.Context) error {
 
 func (x *exchange) close() {
 	if x.sub != nil {
-		x.sub.Unsubscribe() // an error means that the connection is gone, and the subscription with it
+		_ = x.sub.Unsubscribe() // an error means that the connection is gone, and the subscription with it
 	}
 }
 
 func (x *exchange) publish(id uint64, r *request) {
 	r.sent = time.Now()
 	r.msg.Reply = x.inbox + strconv.FormatUint(id, 10)
-	x.conn.nc.PublishMsg(&r.msg) // an error means a lost connection; receive notices
+	_ = x.conn.nc.PublishMsg(&r.msg) // an error means a lost connection; receive notices
 }
 
 // ensure makes a connection where there is none; all that is in flight is sent
@@ -148,10 +148,19 @@ func (x *exchange) receive(ctx context.Context) error {
 	return nil
 }
 
-func (x *exchange) answer(m *nats.Msg) error {
+// answered is the request that m answers, 0 (which none has) if it is none.
+func (x *exchange) answered(m *nats.Msg) uint64 {
 	id, err := strconv.ParseUint(strings.TrimPrefix(m.Subject, x.inbox), 10, 64)
+	if err != nil {
+		return 0
+	}
+	return id
+}
+
+func (x *exchange) answer(m *nats.Msg) error {
+	id := x.answered(m)
 	r := x.flight[id]
-	if err != nil || r == nil {
+	if r == nil {
 		return nil // a second answer to what was sent twice
 	}
 	if len(m.Data) == 0 && m.Header.Get("Status") == "503" {

@@ -181,7 +181,7 @@ func (a *attempt) publish(ctx context.Context, cur Fence) error {
 	defer cancel()
 	m, err := a.conn.nc.RequestMsgWithContext(ctx, &nats.Msg{
 		Subject: l.names.fence,
-		Data:    appendFence(nil, f),
+		Data:    encodeFence(f),
 		Header:  nats.Header{hdrSubjLastSeq: {strconv.FormatUint(uint64(cur.Seq), 10)}},
 	})
 	if err != nil {
@@ -195,7 +195,7 @@ func (a *attempt) publish(ctx context.Context, cur Fence) error {
 	if errors.Is(err, ErrRefused) {
 		// Lost to another fence, or on a cluster to an append that was being
 		// replicated: the next reading tells which.
-		return fmt.Errorf("%w: %v", errRace, err)
+		return fmt.Errorf("%w: %v", errRace, err) //nolint:errorlint // not a refusal to the caller, who tries again
 	}
 	if err != nil {
 		return fmt.Errorf("append fence: %w", err)

@@ -57,20 +57,20 @@ func Open(ctx context.Context, cfg Config) (*Log, error) {
 	l := &Log{names: n, cfg: cfg, dial: d}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	if err := l.create(ctx); err != nil {
-		l.Close()
+		_ = l.Close()
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	if cfg.Server != nil {
 		// An interval sync comes too late for the stream itself: after a power
 		// loss in its first second it would not be there at all.
 		if err := cfg.Server.sync(); err != nil {
-			l.Close()
+			_ = l.Close()
 			return nil, fmt.Errorf("open log: %w", err)
 		}
 	}
 	l.spare, err = l.dialWriter(ctx)
 	if err != nil {
-		l.Close()
+		_ = l.Close()
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	return l, nil

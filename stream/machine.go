@@ -154,12 +154,13 @@ func (m *machine) append(p Position, r Record) error {
 	}
 	size := len(buf) - start
 	if len(buf) > MaxBatch && b.count > 0 {
-		rec := buf[start:]
-		b.buf = buf[:start]
+		full := b
 		b = m.openBatch()
-		buf = append(b.buf, rec...)
+		b.buf = append(b.buf, buf[start:]...)
+		full.buf = buf[:start]
+	} else {
+		b.buf = buf
 	}
-	b.buf = buf
 	b.count++
 	m.next++
 	m.backlog += size

@@ -295,8 +295,7 @@ func TestMachineIdleNoticesItsFence(t *testing.T) {
 // to.
 type world struct {
 	msgs    []stored // msgs[i] has sequence i+1
-	purged  StreamSeq
-	late    []late // publishes that are still on their way
+	late    []late   // publishes that are still on their way
 	full    bool
 	fenceAt StreamSeq
 }
@@ -425,12 +424,12 @@ func (d *driver) once(t *rapid.T, w *world, now time.Time, fault int) time.Time 
 		case 1: // lost on the way there
 			d.m.lost(now, ErrUnreachable)
 		case 2: // stored, the answer lost with the connection
-			w.publish(l)
+			_, _ = w.publish(l)
 			d.m.lost(now, ErrUnreachable)
 		case 3: // late, and no answer ever
 			w.late = append(w.late, l)
 		case 4: // stored, no answer ever
-			w.publish(l)
+			_, _ = w.publish(l)
 		case 5: // late, and the connection lost
 			w.late = append(w.late, l)
 			d.m.lost(now, ErrUnreachable)
@@ -496,7 +495,7 @@ func TestMachineAgainstFaultyServer(t *testing.T) {
 					i := rapid.IntRange(0, len(w.late)-1).Draw(t, "late")
 					l := w.late[i]
 					w.late = append(w.late[:i], w.late[i+1:]...)
-					w.publish(l) // stored or refused: the answer goes nowhere
+					_, _ = w.publish(l) // stored or refused: the answer goes nowhere
 				}
 			case k < 95:
 				now = now.Add(time.Duration(rapid.IntRange(1, 600).Draw(t, "ms")) * time.Millisecond)
@@ -522,7 +521,7 @@ func TestMachineAgainstFaultyServer(t *testing.T) {
 			}
 		}
 		for _, l := range w.late {
-			w.publish(l)
+			_, _ = w.publish(l)
 		}
 		end, content := w.check(t)
 		for i, d := range writers {

@@ -17,7 +17,7 @@ type Position uint64
 
 // StreamSeq is JetStream's own sequence number of one message: a batch of
 // records, or a fence. It says where to start reading and what to purge.
-type StreamSeq uint64
+type StreamSeq uint64 //nolint:revive // stream.Seq would read as a TCP sequence number
 
 // ConnID names one connection of a service for as long as the service lives;
 // it is never used again, not even when the same 4-tuple is.

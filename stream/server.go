@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -105,7 +106,7 @@ func startServer(o ServerOptions) (_ *Server, err error) {
 	}
 	defer func() {
 		if err != nil {
-			s.lock.Close()
+			_ = s.lock.Close() // the lock goes with the descriptor, whatever this says
 		}
 	}()
 	cert, secret, err := identity(o.StoreDir)
@@ -152,11 +153,13 @@ func startServer(o ServerOptions) (_ *Server, err error) {
 			so.Port = server.RANDOM_PORT
 		}
 		// The library does not say why it cannot listen; this does.
-		probe, err := net.Listen("tcp", o.Listen)
+		probe, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", o.Listen)
 		if err != nil {
 			return nil, err
 		}
-		probe.Close()
+		if err := probe.Close(); err != nil {
+			return nil, err
+		}
 	}
 	if s.ns, err = server.NewServer(so); err != nil {
 		return nil, err
@@ -328,6 +331,6 @@ func (s *Server) Shutdown() {
 		<-s.done
 		s.ns.Shutdown()
 		s.ns.WaitForShutdown()
-		s.lock.Close()
+		_ = s.lock.Close()
 	})
 }

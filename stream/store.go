@@ -155,7 +155,8 @@ func (s *Store) PutBlob(ctx context.Context, b []byte) (Hash, error) {
 	h := Sum(b)
 	x := s.exchange()
 	defer x.close()
-	subject, m := s.log.names.chunk+h.String(), []byte(nil)
+	subject := s.log.names.chunk + h.String()
+	var m []byte
 	if len(b) <= ChunkSize {
 		m = s.pack.packChunk(b)
 	} else {

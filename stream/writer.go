@@ -351,7 +351,7 @@ func (w *Writer) connect(ctx context.Context) {
 }
 
 func (w *Writer) readFence(ctx context.Context) {
-	f, err := Fence{}, error(ErrUnreachable)
+	f, err := Fence{}, ErrUnreachable
 	if w.conn != nil {
 		f, err = w.log.lastFence(ctx, w.conn)
 	}
