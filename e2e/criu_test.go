@@ -14,9 +14,9 @@ import (
 	"github.com/ftckpt/ftckpt/internal/loadgen"
 )
 
-// fakeCRIU is the real one, which does what its mode file says when it is to
+// fakeCRIUScript is the real one, which does what its mode file says when it is to
 // dump.
-const fakeCRIU = `#!/bin/sh
+const fakeCRIUScript = `#!/bin/sh
 mode=$(cat %[1]q)
 [ "$1" = swrk ] || mode=work
 case $mode in
@@ -32,21 +32,26 @@ killed | told)
 esac
 `
 
+// fakeCRIU puts one in the place of the real one for all daemons started from
+// now on, and answers how to set its mode.
+func (w *world) fakeCRIU() (set func(mode string)) {
+	w.Helper()
+	real, err := checkpoint.Locate(w.Context(), "")
+	w.must(err)
+	modeFile, fake := filepath.Join(w.dir, "criu-mode"), filepath.Join(w.dir, "criu")
+	set = func(mode string) { w.must(os.WriteFile(modeFile, []byte(mode), 0o644)) }
+	set("work")
+	w.must(os.WriteFile(fake, fmt.Appendf(nil, fakeCRIUScript, modeFile, real.Path), 0o755))
+	w.Setenv("FTCKPT_CRIU", fake)
+	return set
+}
+
 // A CRIU that fails, in whatever way, costs a generation and nothing else.
 func TestCRIUFails(t *testing.T) {
-	real, err := checkpoint.Locate(t.Context(), "")
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, mode := range []string{"refuse", "half", "told", "killed"} {
 		t.Run(mode, func(t *testing.T) {
 			w := newWorld(t)
-			modeFile, fake := filepath.Join(w.dir, "criu-mode"), filepath.Join(w.dir, "criu")
-			set := func(m string) { w.must(os.WriteFile(modeFile, []byte(m), 0o644)) }
-			set("work")
-			w.must(os.WriteFile(fake, fmt.Appendf(nil, fakeCRIU, modeFile, real.Path), 0o755))
-			t.Setenv("FTCKPT_CRIU", fake)
-
+			set := w.fakeCRIU()
 			redis := w.startRedis(w.primary)
 			standby := w.startStandby(w.standby, "")
 			if mode == "refuse" { // from the very beginning: there is no generation yet

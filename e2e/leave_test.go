@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -63,4 +64,38 @@ func TestStandbyComesBack(t *testing.T) {
 	w.takenOver(w.standby, 0)
 	l.past(died)
 	l.finish()
+}
+
+// Protection ended, the server went on with what no log has, and protection has
+// begun again without a generation of its own yet: a failure now must not bring
+// back the past.
+func TestNoTakeoverFromThePast(t *testing.T) {
+	w := newWorld(t)
+	set := w.fakeCRIU()
+	redis, protect, standby := w.pair()
+	k := w.dial()
+	w.must(k.ask("one"))
+	protect.stop()
+	w.must(k.send(command("SET", "unlogged", "yes")))
+	w.must(k.expect([]byte("+OK\r\n")))
+
+	set("refuse")
+	again := w.tryProtect(redis.PID(), standby.join)
+	w.untilStatus(w.primary, "it tries in vain", func(s control.Status) bool { return strings.Contains(s.Reason, "no generation yet: ") })
+	if s, ok := w.status(w.standby); !ok || s.Protected || s.Reason == "" {
+		t.Errorf("status of the standby: %+v", s)
+	}
+	again.kill()
+	for died := time.Now(); time.Since(died) < 2*time.Second; time.Sleep(50 * time.Millisecond) {
+		if s, ok := w.status(w.standby); !ok || s.Role != control.RoleStandby {
+			t.Fatalf("status of the standby: %+v", s)
+		}
+	}
+	set("work")
+	w.protect(redis.PID(), standby.join)
+	w.check(k.get("unlogged", []byte("yes")))
+	w.checkpoint(w.primary, w.standby)
+	redis.kill(w)
+	w.takenOver(w.standby, 0)
+	w.check(k.get("unlogged", []byte("yes")))
 }
