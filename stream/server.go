@@ -106,7 +106,7 @@ func startServer(o ServerOptions) (_ *Server, err error) {
 	}
 	defer func() {
 		if err != nil {
-			_ = s.lock.Close() // the lock goes with the descriptor, whatever this says
+			s.end()
 		}
 	}()
 	cert, secret, err := identity(o.StoreDir)
@@ -166,21 +166,15 @@ func startServer(o ServerOptions) (_ *Server, err error) {
 	}
 	s.ns.Start()
 	if !s.ns.ReadyForConnections(startTimeout) || !s.ns.JetStreamEnabled() {
-		s.ns.Shutdown()
-		s.ns.WaitForShutdown()
 		return nil, fmt.Errorf("not ready within %v; look at the free space and the permissions of %s", startTimeout, o.StoreDir)
 	}
 	if o.Listen != "" {
 		s.addr = s.ns.Addr().String()
 		if s.join.Addr, err = advertised(o.Advertise, s.addr); err != nil {
-			s.ns.Shutdown()
-			s.ns.WaitForShutdown()
 			return nil, err
 		}
 	}
 	if err := s.sync(); err != nil {
-		s.ns.Shutdown()
-		s.ns.WaitForShutdown()
 		return nil, err
 	}
 	s.space = Space{Free: freeSpace(s.dir)}
@@ -329,8 +323,15 @@ func (s *Server) Shutdown() {
 	s.once.Do(func() {
 		close(s.stop)
 		<-s.done
+		s.end()
+	})
+}
+
+// end stops what was started of the server and gives the directory back.
+func (s *Server) end() {
+	if s.ns != nil {
 		s.ns.Shutdown()
 		s.ns.WaitForShutdown()
-		_ = s.lock.Close()
-	})
+	}
+	_ = s.lock.Close() // the lock goes with the descriptor, whatever this says
 }
