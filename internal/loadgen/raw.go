@@ -76,11 +76,11 @@ func (l *rawLane) live(ctx context.Context, stop <-chan struct{}, key string) er
 	mod := newModel(l.rng, key)
 	var p pattern
 	for n := 0; ; n++ {
-		switch {
-		case l.kind == "half":
+		switch l.kind {
+		case "half":
 			ops := mod.pipeline()
 			err = l.exchange(ops, time.Duration(l.rng.Int64N(int64(halfWait))))
-		case l.kind == "upload":
+		case "upload":
 			p = pattern(l.rng.Uint64())
 			if err = l.upload(key, p, l.takes); err == nil {
 				err = l.download(key, p, 0)
