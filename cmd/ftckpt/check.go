@@ -35,7 +35,7 @@ Exit status 4 when something is in the way.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if a.origins.IsSet("pid") && pid < 1 {
-				return a.origins.Explain(&config.Problem{Key: "pid", Err: fmt.Errorf("%d is not a process", pid)})
+				return a.origins.Explain(&config.SettingError{Key: "pid", Err: fmt.Errorf("%d is not a process", pid)})
 			}
 			r := checkReport{Requirements: check.Host(cmd.Context(), check.Options{StateDir: a.common.StateDir})}
 			if err := cmd.Context().Err(); err != nil {

@@ -49,7 +49,7 @@ SIGTERM ends the protection; the server and its connections live on.`,
 // haveDev says when this host has no interface of that name.
 func (a *app) haveDev(name string) error {
 	if _, err := net.InterfaceByName(name); err != nil {
-		return a.origins.Explain(&config.Problem{Key: "dev", Err: exitcode.Errorf(exitcode.Config, "no interface %q on this host (see \"ip link\")", name)})
+		return a.origins.Explain(&config.SettingError{Key: "dev", Err: exitcode.Errorf(exitcode.Config, "no interface %q on this host (see \"ip link\")", name)})
 	}
 	return nil
 }

@@ -275,7 +275,7 @@ func (o *Origins) Require(command string, keys ...string) error {
 
 // Explain gives an error of a Validate method its source and its exit status.
 func (o *Origins) Explain(err error) error {
-	p, ok := errors.AsType[*Problem](err)
+	p, ok := errors.AsType[*SettingError](err)
 	if !ok {
 		return err
 	}

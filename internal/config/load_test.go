@@ -35,7 +35,7 @@ func load(t *testing.T, args []string, env map[string]string, file string) (Prot
 	}
 	known := func(k string) bool { return fs.Lookup(k) != nil || k == "detect" }
 	o, err := Load(fs, known, func(k string) (string, bool) { v, ok := env[k]; return v, ok })
-	p.Common.File = ""
+	p.File = ""
 	return p, o, err
 }
 

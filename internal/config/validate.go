@@ -10,19 +10,19 @@ import (
 	"strings"
 )
 
-// Problem is a setting whose value cannot work.
-type Problem struct {
+// SettingError is a setting whose value cannot work.
+type SettingError struct {
 	Key string
 	Err error
 }
 
-func (p *Problem) Error() string { return p.Key + ": " + p.Err.Error() }
+func (p *SettingError) Error() string { return p.Key + ": " + p.Err.Error() }
 
 // Unwrap gives the cause to errors.Is and errors.As.
-func (p *Problem) Unwrap() error { return p.Err }
+func (p *SettingError) Unwrap() error { return p.Err }
 
 func problem(key, format string, args ...any) error {
-	return &Problem{Key: key, Err: fmt.Errorf(format, args...)}
+	return &SettingError{Key: key, Err: fmt.Errorf(format, args...)}
 }
 
 // nameSyntax leaves out what a file name, a NATS subject or a shell would take

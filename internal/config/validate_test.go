@@ -27,8 +27,8 @@ func check(t *testing.T, err error, want string) {
 	if err == nil {
 		t.Fatalf("no error, want %q", want)
 	}
-	if _, ok := errors.AsType[*Problem](err); !ok {
-		t.Errorf("error is %T, want *Problem: %v", err, err)
+	if _, ok := errors.AsType[*SettingError](err); !ok {
+		t.Errorf("error is %T, want *SettingError: %v", err, err)
 	}
 	key, part, _ := strings.Cut(want, ": ")
 	if !strings.HasPrefix(err.Error(), key+": ") || !strings.Contains(err.Error(), part) {
