@@ -230,9 +230,10 @@ func TestImageAgreesWithTheClients(t *testing.T) {
 			t.Errorf("%s: snd_una %d, client received to %d", mode, k.SndUna, cl.RcvNxt)
 		}
 		unread := seqnum.Size(0)
-		if mode == sandbox.Deaf {
+		switch mode {
+		case sandbox.Deaf:
 			unread = 1234
-		} else if mode == "closed" {
+		case "closed":
 			unread = 1234 + 1 // the FIN counts
 		}
 		// The target's bufio.Reader may have taken the deaf client's octets.

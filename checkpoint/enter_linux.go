@@ -65,7 +65,7 @@ func enter(pid int, names map[string]bool) error {
 	var todo []namespace
 	defer func() {
 		for _, n := range todo {
-			n.f.Close()
+			_ = n.f.Close()
 		}
 	}()
 	for _, n := range nsFlags { // open all before the first is entered

@@ -56,7 +56,7 @@ func healTask(pid int) (int, error) {
 				n++
 			}
 		}
-		unix.Close(fd)
+		_ = unix.Close(fd)
 	}
 	return n, nil
 }

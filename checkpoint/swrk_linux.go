@@ -48,14 +48,15 @@ func startSwrk(argv []string, pid int, names map[string]bool) (*swrk, error) {
 		return nil, fmt.Errorf("make socket pair: %w", err)
 	}
 	if err := unix.SetNonblock(fds[0], true); err != nil { // so that Close ends a Read
-		unix.Close(fds[0])
-		unix.Close(fds[1])
+		_ = unix.Close(fds[0])
+		_ = unix.Close(fds[1])
 		return nil, fmt.Errorf("set non-blocking: %w", err)
 	}
 	s := &swrk{conn: os.NewFile(uintptr(fds[0]), "criu-rpc")}
 	theirs := os.NewFile(uintptr(fds[1]), "criu-rpc-child")
 	defer theirs.Close()
-	s.cmd = exec.Command(argv[0], append(argv[1:], "swrk", "3")...)
+	// No context of the caller's: CRIU is asked to give up and only then killed.
+	s.cmd = exec.CommandContext(context.Background(), argv[0], append(argv[1:], "swrk", "3")...)
 	s.cmd.ExtraFiles = []*os.File{theirs}
 	s.cmd.Stderr = limitWriter{&s.stderr}
 	// Its group is what we kill. No parent-death signal: if we die, CRIU finds
@@ -63,7 +64,7 @@ func startSwrk(argv []string, pid int, names map[string]bool) (*swrk, error) {
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	s.cmd.WaitDelay = 2 * time.Second // a restored process may hold stderr open
 	if err := startIn(pid, names, s.cmd); err != nil {
-		s.conn.Close()
+		_ = s.conn.Close()
 		return nil, fmt.Errorf("start criu: %w", err)
 	}
 	return s, nil
@@ -115,7 +116,7 @@ func (s *swrk) run(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOpts,
 	err := s.converse(ctx, typ, opts, notify)
 	close(answered)
 	<-watched
-	s.conn.Close()
+	_ = s.conn.Close()
 	s.wait()
 	if ctx.Err() != nil && err != nil {
 		err = context.Cause(ctx)
@@ -201,7 +202,7 @@ func (s *swrk) wait() {
 	if s.cmd.ProcessState != nil {
 		return
 	}
-	s.conn.Close() // CRIU ends when its peer has
+	_ = s.conn.Close() // CRIU ends when its peer has
 	t := time.AfterFunc(cancelGrace, s.kill)
 	_ = s.cmd.Wait()
 	t.Stop()

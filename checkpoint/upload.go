@@ -145,7 +145,7 @@ func (c *fileChain) Read(p []byte) (int, error) {
 // Close closes the file that is open, if one is.
 func (c *fileChain) Close() {
 	if c.f != nil {
-		c.f.Close()
+		_ = c.f.Close() // it was only read
 		c.f = nil
 	}
 }
@@ -220,7 +220,7 @@ type downloader struct {
 
 func (d *downloader) close() {
 	for _, f := range d.open {
-		f.Close()
+		_ = f.Close() // they were only read
 	}
 }
 

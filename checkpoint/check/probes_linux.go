@@ -23,10 +23,10 @@ import (
 
 // judge turns an error into an answer: what the kernel does not know is missing,
 // what we may not do cannot be told.
-func judge(err error, works string) (State, string) {
+func judge(err error) (State, string) {
 	switch {
 	case err == nil:
-		return Works, works
+		return Works, ""
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return Unknown, err.Error()
 	}
@@ -82,7 +82,7 @@ func probePrivileges(context.Context, Options) (State, string) {
 func probeCriu(ctx context.Context, o Options) (State, string) {
 	c, err := checkpoint.Locate(ctx, o.Criu)
 	if err != nil {
-		return judge(err, "")
+		return judge(err)
 	}
 	return Works, fmt.Sprintf("%s, version %s", c.Path, c.Version)
 }
@@ -91,7 +91,7 @@ func probeNamespaces(ctx context.Context, _ Options) (State, string) {
 	cmd := exec.CommandContext(ctx, "/bin/true")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWNS}
 	if err := cmd.Run(); err != nil {
-		return judge(fmt.Errorf("make namespaces: %w", err), "")
+		return judge(fmt.Errorf("make namespaces: %w", err))
 	}
 	return Works, "network, PID and mount"
 }
@@ -122,7 +122,7 @@ func probeNFQueue(ctx context.Context, _ Options) (State, string) {
 	if len(tried) == 0 {
 		return Missing, "no iptables on this host"
 	}
-	return judge(tried[0], "")
+	return judge(tried[0])
 }
 
 // lookPath looks in the places of system tools too, which a user's PATH may lack.
@@ -157,18 +157,18 @@ func queueSocket() error {
 func probeRawSocket(context.Context, Options) (State, string) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
-		return judge(fmt.Errorf("open raw socket: %w", err), "")
+		return judge(fmt.Errorf("open raw socket: %w", err))
 	}
-	unix.Close(fd)
+	_ = unix.Close(fd)
 	return Works, ""
 }
 
 func probePacketSocket(context.Context, Options) (State, string) {
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return judge(fmt.Errorf("open packet socket: %w", err), "")
+		return judge(fmt.Errorf("open packet socket: %w", err))
 	}
-	unix.Close(fd)
+	_ = unix.Close(fd)
 	return Works, ""
 }
 
@@ -199,11 +199,11 @@ func probeMacvlan(context.Context, Options) (State, string) {
 	if noParent {
 		return Unknown, err.Error()
 	}
-	return judge(err, "")
+	return judge(err)
 }
 
 func probeSockDestroy(context.Context, Options) (State, string) {
-	return judge(inNewNet(destroyOne), "")
+	return judge(inNewNet(destroyOne))
 }
 
 // destroyOne makes a connection and has the kernel destroy its end.
@@ -225,7 +225,7 @@ func destroyOne() error {
 		return err
 	}
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNABORTED) {
-		return fmt.Errorf("destroy socket: it lives on: %v", err)
+		return fmt.Errorf("destroy socket: it lives on: %v", err) //nolint:errorlint // how the read ended (nil, a timeout) is no cause to be judged by
 	}
 	return nil
 }
@@ -275,7 +275,7 @@ func probeSpace(_ context.Context, o Options) (State, string) {
 func probeShm(context.Context, Options) (State, string) {
 	var st unix.Statfs_t
 	if err := unix.Statfs("/dev/shm", &st); err != nil {
-		return judge(fmt.Errorf("look at /dev/shm: %w", err), "")
+		return judge(fmt.Errorf("look at /dev/shm: %w", err))
 	}
 	if st.Type != unix.TMPFS_MAGIC {
 		return Missing, "/dev/shm is no tmpfs"

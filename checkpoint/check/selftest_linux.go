@@ -36,7 +36,7 @@ func probeDumpRestore(ctx context.Context, o Options) (State, string) {
 	defer s.Close()
 	d, err := dumpRestore(ctx, c, s)
 	if err != nil {
-		return judge(err, "")
+		return judge(err)
 	}
 	return Works, fmt.Sprintf("an established connection went on; dump %d ms, restore %d ms", d[0].Milliseconds(), d[1].Milliseconds())
 }

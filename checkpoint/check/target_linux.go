@@ -93,11 +93,10 @@ func InspectTarget(pid int) (TargetReport, error) {
 	for _, t := range tasks {
 		err := in.task(t.PID)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			if t.PID == pid {
-				err = checkpoint.ErrNoProcess
-			} else {
+			if t.PID != pid {
 				continue // it ended while we looked
 			}
+			err = checkpoint.ErrNoProcess
 		}
 		if errors.Is(err, fs.ErrPermission) {
 			err = fmt.Errorf("%w: run as root, or as the owner with CAP_SYS_PTRACE: %w", ErrNotOurs, err)

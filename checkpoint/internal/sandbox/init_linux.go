@@ -155,7 +155,7 @@ func (p *initProc) start() (reply, error) {
 		Files: []uintptr{null.Fd(), theirs.Fd(), null.Fd()},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
-	theirs.Close()
+	_ = theirs.Close()
 	if err != nil {
 		return reply{}, fmt.Errorf("start target: %w", err)
 	}

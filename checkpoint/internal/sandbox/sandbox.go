@@ -154,7 +154,7 @@ func (s *Sandbox) HalfClose(ctx context.Context, conn int) error {
 // Close ends every process of the sandbox.
 func (s *Sandbox) Close() {
 	s.once.Do(func() {
-		s.in.Close()
+		_ = s.in.Close()
 		_ = s.cmd.Process.Kill()
 		_ = s.cmd.Wait()
 	})
