@@ -21,7 +21,7 @@ func (a *app) profile() (stop func(), err error) {
 		return nil, fmt.Errorf("write CPU profile: %w", err)
 	}
 	if err := pprof.StartCPUProfile(f); err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, fmt.Errorf("write CPU profile: %w", err)
 	}
 	return func() {

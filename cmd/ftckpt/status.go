@@ -216,9 +216,9 @@ func (a *app) watchStatus(ctx context.Context, name string, asJSON bool) error {
 func (a *app) watchOnce(ctx context.Context, name string, asJSON bool) error {
 	r, err := survey(ctx, a.common.RunDir, name)
 	switch {
-	case ctx.Err() != nil:
-		return nil
-	case err != nil:
+	case ctx.Err() != nil: // what err says is that we were told to stop
+		return nil //nolint:nilerr // which is no failure
+	case err != nil: // a daemon that does not answer is what one watches for
 		a.log.Warn(err.Error())
 		return nil
 	case asJSON:

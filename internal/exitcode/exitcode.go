@@ -80,7 +80,7 @@ func Of(err error) Code {
 
 // Message is what to tell a person about err, "" for an error made by Quiet.
 func Message(err error) string {
-	if e, ok := err.(*Error); ok && e.Err == nil {
+	if e, ok := err.(*Error); ok && e.Err == nil { //nolint:errorlint // a Quiet that was wrapped was given a message
 		return ""
 	}
 	if err == nil {
