@@ -92,16 +92,14 @@ func Announce(iface string, addr netip.Addr) error {
 // A macvlan and the interface it stands on do not hear each other: probing on
 // a host interface never finds an address on a macvlan of that same interface.
 func Probe(ctx context.Context, iface string, addr netip.Addr, timeout time.Duration, ours ...net.HardwareAddr) (mac net.HardwareAddr, inUse bool, err error) {
-	fail := func(err error) (net.HardwareAddr, bool, error) {
-		return nil, false, fmt.Errorf("probe %v on %s: %w", addr, iface, err)
-	}
+	fail := func(err error) error { return fmt.Errorf("probe %v on %s: %w", addr, iface, err) }
 	ifi, err := net.InterfaceByName(iface)
 	if err != nil {
-		return fail(err)
+		return nil, false, fail(err)
 	}
 	own, err := net.Interfaces()
 	if err != nil {
-		return fail(err)
+		return nil, false, fail(err)
 	}
 	for _, i := range own {
 		ours = append(ours, i.HardwareAddr)
@@ -119,21 +117,21 @@ func Probe(ctx context.Context, iface string, addr netip.Addr, timeout time.Dura
 
 	conn, err := packet.Listen(ifi, packet.Raw, proto, nil)
 	if err != nil {
-		return fail(fmt.Errorf("open packet socket (needs CAP_NET_RAW): %w", err))
+		return nil, false, fail(fmt.Errorf("open packet socket (needs CAP_NET_RAW): %w", err))
 	}
 	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
 
 	start := time.Now()
 	buf := make([]byte, ifi.MTU+ethernetLen)
 	for i := range probes {
 		if _, err := conn.WriteTo(question, dst); err != nil {
-			return fail(errors.Join(ctx.Err(), err))
+			return nil, false, fail(errors.Join(ctx.Err(), err))
 		}
 		until := start.Add(timeout * time.Duration(i+1) / probes)
 		if err := conn.SetReadDeadline(until); err != nil {
-			return fail(errors.Join(ctx.Err(), err))
+			return nil, false, fail(errors.Join(ctx.Err(), err))
 		}
 		for {
 			n, _, err := conn.ReadFrom(buf)
@@ -141,7 +139,7 @@ func Probe(ctx context.Context, iface string, addr netip.Addr, timeout time.Dura
 				break
 			}
 			if err != nil {
-				return fail(errors.Join(ctx.Err(), err))
+				return nil, false, fail(errors.Join(ctx.Err(), err))
 			}
 			who := claimant(buf[:n], addr)
 			if who != nil && !slices.ContainsFunc(ours, func(m net.HardwareAddr) bool { return slices.Equal(m, who) }) {

@@ -27,9 +27,10 @@ type Cmd struct {
 	host *Host
 }
 
-// Command prepares a command to run on the host.
+// Command prepares a command to run on the host. It lives as long as it likes,
+// at most as long as the host.
 func (h *Host) Command(name string, args ...string) *Cmd {
-	return h.wrap(exec.Command(name, args...))
+	return h.wrap(exec.CommandContext(context.Background(), name, args...))
 }
 
 // CommandContext is Command with a context that kills the process.
@@ -263,7 +264,7 @@ func (p *Process) WaitLine(ctx context.Context, match func(line string) bool) (s
 			}
 		}
 		if ended {
-			return "", fmt.Errorf("%s ended (%v) before the line came: %s", p.cmd.Args[0], p.exit, p.errTail())
+			return "", fmt.Errorf("%s ended (%v) before the line came: %s", p.cmd.Args[0], p.cmd.ProcessState, p.errTail())
 		}
 		select {
 		case <-t.C:

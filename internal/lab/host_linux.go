@@ -62,7 +62,8 @@ func (h *Host) Dial(ctx context.Context, network, addr string) (c net.Conn, err 
 // Listen listens on the host. The address must be literal.
 func (h *Host) Listen(network, addr string) (l net.Listener, err error) {
 	err = h.Do(func() (err error) {
-		l, err = net.Listen(network, addr)
+		var lc net.ListenConfig
+		l, err = lc.Listen(context.Background(), network, addr)
 		return err
 	})
 	return l, err

@@ -40,7 +40,8 @@ type space struct {
 // newSpace starts PID 1 of new namespaces and waits until it is ready.
 func newSpace(ctx context.Context, dir, name string) (*space, error) {
 	s := &space{name: name, pidfd: -1, gone: make(chan struct{})}
-	cmd := exec.Command("/proc/self/exe", InitArg, dir, name)
+	// Its life is the host's, not that of ctx, which bounds only the start.
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe", InitArg, dir, name)
 	// argv[0] as a person expects it in ps.
 	cmd.Args[0] = "ftckpt"
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -68,8 +69,7 @@ func newSpace(ctx context.Context, dir, name string) (*space, error) {
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
 	defer stop()
 	if err := s.answer("ready"); err != nil {
-		s.kill()
-		return nil, errors.Join(fmt.Errorf("prepare host %s: %w", name, err), ctx.Err())
+		return nil, errors.Join(fmt.Errorf("prepare host %s: %w", name, err), ctx.Err(), s.kill())
 	}
 	return s, nil
 }
