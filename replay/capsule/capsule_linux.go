@@ -118,7 +118,7 @@ func (c *Capsule) spawn(ctx context.Context) error {
 	defer lifeR.Close()
 	readyR, readyW, err := os.Pipe()
 	if err != nil {
-		lifeW.Close()
+		_ = lifeW.Close()
 		return err
 	}
 	defer readyR.Close()
@@ -129,7 +129,8 @@ func (c *Capsule) spawn(ctx context.Context) error {
 		args = append(args, strconv.Itoa(p))
 	}
 	// By its inode, not its path: the program may have been replaced since.
-	cmd := exec.Command("/proc/self/exe", args...)
+	// Its life is the capsule's, not that of ctx, which bounds only the start.
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe", args...)
 	cmd.Args[0] = "ftckpt"
 	// One processor: PID 1 has next to nothing to do, and every thread is a PID.
 	cmd.Env = []string{"GOMAXPROCS=1", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -139,7 +140,7 @@ func (c *Capsule) spawn(ctx context.Context) error {
 		Setsid:     true, // a Ctrl-C for the agent is not for the service
 	}
 	if err := cmd.Start(); err != nil {
-		lifeW.Close()
+		_ = lifeW.Close()
 		return fmt.Errorf("clone namespaces (needs root): %w", err)
 	}
 	c.lifeline = lifeW
@@ -150,11 +151,11 @@ func (c *Capsule) spawn(ctx context.Context) error {
 	abandon := func(err error) error {
 		_ = cmd.Process.Kill()
 		<-c.done
-		lifeW.Close()
+		_ = lifeW.Close()
 		return err
 	}
 
-	readyW.Close()
+	_ = readyW.Close()
 	stop := context.AfterFunc(ctx, func() { _ = readyR.SetReadDeadline(time.Unix(1, 0)) })
 	line, err := bufio.NewReader(readyR).ReadString('\n')
 	stop()
@@ -174,7 +175,7 @@ func (c *Capsule) spawn(ctx context.Context) error {
 	}
 	id, err := identify(cmd.Process.Pid)
 	if err != nil {
-		c.pidfd.Close()
+		_ = c.pidfd.Close()
 		return abandon(err)
 	}
 	c.pid = id.PID
@@ -322,7 +323,7 @@ func (c *Capsule) Do(fn func() error) error {
 // its working directory. The process that is started is nsenter, outside: it
 // passes the exit status on, but killing it leaves the command alive inside.
 func (c *Capsule) Command(name string, args ...string) *exec.Cmd {
-	return exec.Command("nsenter", append([]string{"-t", strconv.Itoa(c.pid), "-m", "-p", "-n", "--", name}, args...)...)
+	return exec.CommandContext(context.Background(), "nsenter", append([]string{"-t", strconv.Itoa(c.pid), "-m", "-p", "-n", "--", name}, args...)...)
 }
 
 // ErrPIDTaken says that a PID the image needs is in use inside. A new capsule
@@ -439,7 +440,7 @@ func (c *Capsule) Close() error {
 func (c *Capsule) closeHandles() {
 	for _, f := range []*os.File{c.lifeline, c.pidfd, c.netns, c.hostns} {
 		if f != nil {
-			f.Close()
+			_ = f.Close() // nothing was written to any of them
 		}
 	}
 }

@@ -144,7 +144,7 @@ func run(ready *os.File) error {
 	if _, err := fmt.Fprintf(ready, "ok %d\n", pidMax); err != nil {
 		return err // the agent is gone already
 	}
-	ready.Close()
+	_ = ready.Close()
 
 	lost := make(chan struct{}, 1)
 	watch := func() {

@@ -250,8 +250,8 @@ func TestRefusals(t *testing.T) {
 			listen: func(t *testing.T, l *lab) {
 				lc := plainTCP()
 				lc.Control = func(_, _ string, c syscall.RawConn) (err error) {
-					c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "dev0") })
-					return err
+					cerr := c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), "dev0") })
+					return errors.Join(cerr, err)
 				}
 				l.listenWith(t, lc)
 			},

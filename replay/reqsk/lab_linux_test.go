@@ -169,8 +169,8 @@ func (l *lab) listen(t testing.TB, ns, network string, backlog int) *net.TCPList
 		if err != nil {
 			t.Fatal(err)
 		}
-		rc.Control(func(fd uintptr) { err = unix.Listen(int(fd), backlog) })
-		if err != nil {
+		cerr := rc.Control(func(fd uintptr) { err = unix.Listen(int(fd), backlog) })
+		if err := errors.Join(cerr, err); err != nil {
 			t.Fatal(err)
 		}
 	}

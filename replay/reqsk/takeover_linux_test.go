@@ -191,7 +191,9 @@ func TestOrder(t *testing.T) {
 			defer g.mu.Unlock()
 			return w.kNxt == w.a.ServerISN.Add(seqnum.Size(1+len(buf)))
 		})
-		c.Write([]byte{byte(j)}) // news
+		if _, err := c.Write([]byte{byte(j)}); err != nil { // news
+			t.Fatal(err)
+		}
 	}
 	g.goLive(t)
 	for j, k := range ks {

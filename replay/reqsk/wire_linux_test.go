@@ -2,6 +2,7 @@ package reqsk
 
 import (
 	"bytes"
+	"errors"
 	"sync"
 	"testing"
 	"time"
@@ -51,8 +52,12 @@ func newWire(t testing.TB, ns string) *wire {
 		t.Fatal(err)
 	}
 	// Not to miss a packet is a matter of room; to end, one of looking up.
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20)
-	unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000})
+	if err := errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}),
+	); err != nil {
+		t.Fatal(err)
+	}
 	w := &wire{conns: map[stream.FourTuple]*seen{}}
 	stop, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -81,7 +86,9 @@ func (w *wire) take(ip []byte) {
 	}
 	if s.Tuple.Server.Port() != labPort {
 		dir = tcpwrap.Outbound
-		tcpwrap.ParseSegment(ip, dir, &s)
+		if tcpwrap.ParseSegment(ip, dir, &s) != nil {
+			return
+		}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
