@@ -36,6 +36,9 @@ type machine struct {
 	backlog int      // octets of records in queue and flight
 	free    [][]byte // buffers of stored batches
 
+	gather gathering
+	sent   time.Time // when flight was published
+
 	phase  phase
 	at     time.Time // phaseConnect: when to; phaseFlight: deadline; phaseReady: next look at the fence
 	tries  int
@@ -83,6 +86,7 @@ type batch struct {
 	first Position
 	count uint32
 	exp   StreamSeq // the stream's last sequence before it
+	data  int       // clients' records in it
 	buf   []byte    // batchHeader octets, then records
 }
 
@@ -92,6 +96,7 @@ type actionKind uint8
 
 const (
 	actWait    actionKind = iota // nothing to do until until or an event
+	actGather                    // the same, but sleep precisely and through events
 	actConnect                   // close what connection there is and make one
 	actFence                     // read the newest fence
 	actRead                      // read the message seq
@@ -162,6 +167,10 @@ func (m *machine) append(p Position, r Record) error {
 		b.buf = buf
 	}
 	b.count++
+	switch r.(type) {
+	case Bytes, *Bytes:
+		b.data++
+	}
 	m.next++
 	m.backlog += size
 	return nil
@@ -193,7 +202,7 @@ func (m *machine) step(now time.Time) action {
 	if m.phase == phaseFlight && !now.Before(m.at) {
 		m.ambiguous(now, fmt.Errorf("%w: no acknowledgement within %v", ErrUnreachable, m.ackTimeout))
 	}
-	if m.stable > m.told && !m.smallBatchReady() {
+	if m.stable > m.told && (!m.smallBatchReady() || m.gathering(now)) {
 		m.told = m.stable
 		return action{kind: actStable, upTo: m.told}
 	}
@@ -208,6 +217,9 @@ func (m *machine) step(now time.Time) action {
 	case phaseSettle:
 		return action{kind: actRead, seq: m.flight.exp + 1}
 	case phaseReady:
+		if m.gathering(now) {
+			return action{kind: actGather, until: m.gather.until}
+		}
 		if m.flight == nil && len(m.queue) > 0 {
 			m.flight = m.queue[0]
 			m.queue = m.queue[1:]
@@ -215,7 +227,7 @@ func (m *machine) step(now time.Time) action {
 			sealBatch(m.flight.buf, header{m.fence.Epoch, m.flight.num, m.flight.first, m.flight.count})
 		}
 		if m.flight != nil {
-			m.phase, m.at = phaseFlight, now.Add(m.ackTimeout)
+			m.phase, m.at, m.sent = phaseFlight, now.Add(m.ackTimeout), now
 			return action{kind: actPublish, batch: m.flight}
 		}
 		if now.Before(m.at) {
@@ -237,6 +249,11 @@ func (m *machine) smallBatchReady() bool {
 	return m.phase == phaseReady && m.flight == nil && len(m.queue) > 0 && len(m.queue[0].buf) <= publishFirst
 }
 
+// gathering reports whether the open batch waits for more.
+func (m *machine) gathering(now time.Time) bool {
+	return m.flight == nil && len(m.queue) == 1 && len(m.queue[0].buf) <= publishFirst && m.gather.wait(now, m.queue[0].data)
+}
+
 // acked: the server says that batch num is stored as seq.
 func (m *machine) acked(now time.Time, num uint64, seq StreamSeq) {
 	if m.phase != phaseFlight || num != m.flight.num {
@@ -246,6 +263,7 @@ func (m *machine) acked(now time.Time, num uint64, seq StreamSeq) {
 		m.ambiguous(now, fmt.Errorf("%w log: batch acknowledged as %d, expected %d", ErrCorrupt, seq, m.flight.exp+1))
 		return
 	}
+	m.gather.stored(now, now.Sub(m.sent), m.flight.data)
 	m.store(now)
 }
 

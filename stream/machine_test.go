@@ -392,7 +392,7 @@ type driver struct {
 func (d *driver) once(t *rapid.T, w *world, now time.Time, fault int) time.Time {
 	a := d.m.step(now)
 	switch a.kind {
-	case actWait:
+	case actWait, actGather:
 		return a.until
 	case actConnect:
 		if fault == 1 {

@@ -234,6 +234,8 @@ func (w *Writer) run(ctx context.Context) {
 		switch a.kind {
 		case actWait:
 			w.wait(ctx, a.until)
+		case actGather:
+			nap(time.Until(a.until))
 		case actPublish:
 			w.publish(a.batch)
 		case actStable:
