@@ -29,9 +29,10 @@ type dialer struct {
 	url  string // for nats.Connect
 	show string // for people, without secrets
 	opts []nats.Option
-	// quick is for every connection but a Writer's: an embedded server waits
-	// 50 ms for a greeting of TLS before it takes a connection for plain, and
-	// only a Writer's is worth that wait for the time it saves afterwards.
+	// quick is for connections that carry little: an embedded server waits 50 ms
+	// for a greeting of TLS before it takes a connection for plain, which is worth
+	// the wait to a Writer, to a Reader that follows, and to checkpoints, whose
+	// every octet would be enciphered and deciphered within one process.
 	quick []nats.Option
 }
 

@@ -96,7 +96,7 @@ func (l *Log) Close() error {
 func (l *Log) URL() string { return l.dial.show }
 
 // shared returns one of the Log's own connections, made anew when it was lost.
-func (l *Log) shared(ctx context.Context, c **conn, name string) (*conn, error) {
+func (l *Log) shared(ctx context.Context, c **conn, name string, how []nats.Option) (*conn, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ctx.Err() != nil {
@@ -105,7 +105,7 @@ func (l *Log) shared(ctx context.Context, c **conn, name string) (*conn, error) 
 	if *c != nil && !(*c).nc.IsClosed() {
 		return *c, nil
 	}
-	fresh, err := l.dial.dial(ctx, l.names.service+" "+name)
+	fresh, err := l.dial.connect(ctx, l.names.service+" "+name, how)
 	if err != nil {
 		return nil, err
 	}
@@ -113,7 +113,9 @@ func (l *Log) shared(ctx context.Context, c **conn, name string) (*conn, error) 
 	return fresh, nil
 }
 
-func (l *Log) control(ctx context.Context) (*conn, error) { return l.shared(ctx, &l.ctl, "control") }
+func (l *Log) control(ctx context.Context) (*conn, error) {
+	return l.shared(ctx, &l.ctl, "control", l.dial.quick)
+}
 
 // logConfig is the log's stream; docs/WIRE.md says why each setting is so.
 func (l *Log) logConfig() jetstream.StreamConfig {

@@ -41,6 +41,7 @@ type Reader struct {
 
 	pulling sync.Mutex // held while Next waits, so that Close knows who cleans up
 	conn    *conn
+	how     []nats.Option // of the connection
 	iter    jetstream.MessagesContext
 	fail    int       // tries to open in a row that failed
 	down    time.Time // when the first of them did
@@ -210,7 +211,7 @@ func (r *Reader) connect(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*apiTimeout)
 	defer cancel()
 	defer context.AfterFunc(r.ctx, cancel)() // Close does not wait for a dead server
-	c, err := r.log.dial.dial(ctx, r.log.names.service+" reader")
+	c, err := r.log.dial.connect(ctx, r.log.names.service+" reader", r.how)
 	if err != nil {
 		return err
 	}
@@ -285,6 +286,7 @@ func (l *Log) ReadTo(ctx context.Context, from, to StreamSeq, fn func(Entry) err
 		return err
 	}
 	defer r.disconnect()
+	r.how = l.dial.quick // it does not last
 	for {
 		e, more, err := r.nextUpTo(ctx, to)
 		if err != nil || !more {

@@ -45,7 +45,7 @@ func (l *Log) Store(o StoreOptions) *Store {
 
 func (s *Store) exchange() *exchange {
 	return newExchange(func(ctx context.Context) (*conn, error) {
-		return s.log.shared(ctx, &s.log.bulk, "store")
+		return s.log.shared(ctx, &s.log.bulk, "store", nil)
 	})
 }
 
