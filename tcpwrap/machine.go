@@ -60,6 +60,7 @@ type Machine struct {
 	dirty     []*conn
 	ahead     int
 	congested bool
+	doubt     bool // nothing is released
 
 	syns     map[stream.FourTuple]*handshake
 	synAge   []*handshake // oldest first, answered ones among them
@@ -155,11 +156,15 @@ func (m *Machine) Stable(now time.Time, p stream.Position) {
 	}
 	m.stable = p
 	m.unblock()
-	if m.mode != Protecting {
+	m.releaseStable(now)
+}
+
+func (m *Machine) releaseStable(now time.Time) {
+	if m.mode != Protecting || m.doubt {
 		return
 	}
 	n := 0
-	for n < len(m.held) && m.held[n].until <= p {
+	for n < len(m.held) && m.held[n].until <= m.stable {
 		h := &m.held[n]
 		m.release(h)
 		m.holds.add(now.Sub(h.since))
@@ -197,6 +202,15 @@ func (m *Machine) Tick() {
 // neither logged nor acknowledged, and TCP's own congestion control does the
 // rest.
 func (m *Machine) Congested(yes bool) { m.congested = yes }
+
+// Doubt tells the machine whether this node may have been replaced without
+// knowing it yet: the log does not answer, or its link is down. In doubt nothing
+// is released, not even what depends on nothing new: it is right, and could
+// still reach a client that another node serves (promise 3).
+func (m *Machine) Doubt(now time.Time, yes bool) {
+	m.doubt = yes
+	m.releaseStable(now)
+}
 
 // Stop makes nothing pass any more, in either direction: the server is gone,
 // or this node is fenced. What was held is dropped.
@@ -353,7 +367,7 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 	// A packet of no connection of ours is held as well: it may acknowledge what
 	// one that has ended sent last, and it may depend on all the others.
 	h := heldPacket{id, m.dep, now, c, released{uint32(s.End()), s.Options.HasTS, s.Options.TSVal}}
-	if m.dep <= m.stable && len(m.held) == 0 {
+	if m.dep <= m.stable && len(m.held) == 0 && !m.doubt {
 		m.stats.Passed++
 		m.release(&h)
 		return

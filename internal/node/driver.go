@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ftckpt/ftckpt/replay"
@@ -36,6 +37,9 @@ type driver struct {
 	bear    func(*replay.Birth)
 	busy    func() bool // the restored server is at work
 	failed  func(error) // the log ended or refused a record
+
+	unplugged atomic.Bool // the link has no carrier, or had none a moment ago
+	doubt     bool
 
 	congested bool
 	malformed uint64
@@ -231,10 +235,20 @@ func (d *driver) tick() {
 				}
 			}
 			if d.machine != nil {
+				d.doubtful(now)
 				d.machine.Tick()
 			}
 			d.finish()
 		}
+	}
+}
+
+// doubtful tells the machine whether somebody else may be the primary. The
+// caller holds mu.
+func (d *driver) doubtful(now time.Time) {
+	if yes := d.unplugged.Load() || d.writer.State().Phase != stream.WriterOK; yes != d.doubt {
+		d.doubt = yes
+		d.machine.Doubt(now, yes)
 	}
 }
 

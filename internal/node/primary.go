@@ -80,6 +80,7 @@ type place struct {
 	pid     int
 	initPID int    // the capsule's init, 0 when the server is not in one
 	netns   string // "" for this process's own
+	dev     string // that the address is on
 	leave   func() error
 }
 
@@ -102,6 +103,11 @@ func (p *primary) run(ctx context.Context) error {
 	}
 	if err := p.lg.WatchBeats(ctx, p.heard); err != nil {
 		return fmt.Errorf("listen for standbys: %w", err)
+	}
+	wctx, unwatch := context.WithCancel(ctx)
+	defer unwatch()
+	if err := p.watchCarrier(wctx); err != nil {
+		p.log.Warn("without it, packets may wait in this host for a link that is down", "err", err)
 	}
 	idle := p.generationsUntil(ctx)
 

@@ -65,7 +65,7 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	defer lg.Close()
 	p := &primary{
 		log: log, out: out, node: node, svc: svc,
-		where: place{pid: cfg.PID, leave: func() error { return removeVIP(cfg) }},
+		where: place{pid: cfg.PID, dev: cfg.Dev, leave: func() error { return removeVIP(cfg) }},
 		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), criu: criu,
 		rules: &tcpwrap.Rules{
 			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Dev: svc.Dev, Mark: packetMark,

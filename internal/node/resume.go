@@ -121,7 +121,7 @@ func (s *standby) inherited(ctx context.Context) (svc service, owner stream.Fenc
 }
 
 func inCapsule(pid int, c *capsule.Capsule) place {
-	return place{pid: pid, initPID: c.InitPID(), netns: c.NetNS(), leave: c.DropVIP}
+	return place{pid: pid, initPID: c.InitPID(), netns: c.NetNS(), dev: capsule.DefaultVIPDev, leave: c.DropVIP}
 }
 
 // capsuleRules are the rules of a service in a capsule, where the only device
