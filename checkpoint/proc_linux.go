@@ -1,13 +1,13 @@
 package checkpoint
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strconv"
 	"strings"
+
+	"github.com/ftckpt/ftckpt/internal/procfs"
 )
 
 // ErrNoProcess says that a process does not exist.
@@ -46,21 +46,13 @@ func ProcTree(root int) ([]Task, error) {
 
 // procTask reads one process from /proc.
 func procTask(pid int) (Task, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	f, err := procfs.Stat(pid)
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "no such process") {
-			return Task{}, ErrNoProcess
-		}
-		return Task{}, fmt.Errorf("read process: %w", err)
-	}
-	// The name in parentheses may hold anything, spaces and parentheses too.
-	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
-	if len(f) < 4 {
-		return Task{}, fmt.Errorf("read process: /proc/%d/stat is cut short", pid)
+		return Task{}, procError(err)
 	}
 	t := Task{PID: pid}
-	for i, p := range []*int{&t.PPID, &t.PGID, &t.SID} {
-		if *p, err = strconv.Atoi(string(f[1+i])); err != nil {
+	for place, p := range map[int]*int{procfs.PPID: &t.PPID, procfs.PGID: &t.PGID, procfs.SID: &t.SID} {
+		if *p, err = strconv.Atoi(f[place]); err != nil {
 			return Task{}, fmt.Errorf("read process: %w", err)
 		}
 	}
@@ -76,41 +68,20 @@ func procTask(pid int) (Task, error) {
 	return t, nil
 }
 
-// procStatus reads the named fields of /proc/PID/status.
-func procStatus(pid int, names ...string) (map[string]string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) || strings.Contains(err.Error(), "no such process") {
-			return nil, ErrNoProcess
-		}
-		return nil, fmt.Errorf("read process: %w", err)
-	}
-	got := make(map[string]string, len(names))
-	for _, line := range strings.Split(string(b), "\n") {
-		k, v, ok := strings.Cut(line, ":")
-		if !ok {
-			continue
-		}
-		for _, n := range names {
-			if k == n {
-				got[n] = strings.TrimSpace(v)
-			}
-		}
-	}
-	return got, nil
-}
-
 // innerPID is the id which a process has in its own PID namespace.
 func innerPID(pid int) (int, error) {
-	st, err := procStatus(pid, "NSpid")
+	inner, err := procfs.InnerPID(pid)
 	if err != nil {
-		return 0, err
+		return 0, procError(err)
 	}
-	f := strings.Fields(st["NSpid"])
-	if len(f) == 0 {
-		return 0, fmt.Errorf("read process: /proc/%d/status has no NSpid", pid)
+	return inner, nil
+}
+
+func procError(err error) error {
+	if procfs.Gone(err) {
+		return ErrNoProcess
 	}
-	return strconv.Atoi(f[len(f)-1])
+	return fmt.Errorf("read process: %w", err)
 }
 
 // OuterPID finds what we call the process with the given id in the PID namespace

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftckpt/ftckpt/checkpoint"
+	"github.com/ftckpt/ftckpt/internal/procfs"
 )
 
 // Errors of InspectTarget. That the process does not exist is
@@ -156,20 +157,11 @@ func (in *inspection) whole() error {
 
 // status reads /proc/PID/status.
 func status(pid int) (map[string]string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			return nil, checkpoint.ErrNoProcess
-		}
-		return nil, err
+	st, err := procfs.Status(pid)
+	if procfs.Gone(err) {
+		return nil, checkpoint.ErrNoProcess
 	}
-	st := make(map[string]string)
-	for _, line := range strings.Split(string(b), "\n") {
-		if k, v, ok := strings.Cut(line, ":"); ok {
-			st[k] = strings.TrimSpace(v)
-		}
-	}
-	return st, nil
+	return st, err
 }
 
 // task inspects one process of the tree.

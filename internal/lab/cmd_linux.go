@@ -8,12 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/procfs"
 )
 
 // Cmd is an exec.Cmd whose process runs in all namespaces of a host: a child of
@@ -89,21 +90,12 @@ func (c *Cmd) CombinedOutput() ([]byte, error) {
 }
 
 // HostPID is the PID the started command has on its host.
-func (c *Cmd) HostPID() (int, error) { return hostPID(c.Process.Pid) }
-
-// hostPID reads what a process is called in the innermost PID namespace.
-func hostPID(pid int) (int, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+func (c *Cmd) HostPID() (int, error) {
+	pid, err := procfs.InnerPID(c.Process.Pid)
 	if err != nil {
 		return 0, fmt.Errorf("find PID on the host: %w", err)
 	}
-	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, "NSpid:"); ok {
-			f := strings.Fields(rest)
-			return strconv.Atoi(f[len(f)-1])
-		}
-	}
-	return 0, errors.New("find PID on the host: no NSpid in status")
+	return pid, nil
 }
 
 // Service is a long-running process for Start.

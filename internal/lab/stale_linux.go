@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/procfs"
 )
 
 // A lab's directory is named after its owner, PID and start time, so that a
@@ -29,20 +31,13 @@ func makeDir() (string, error) {
 	return dir, os.Chmod(dir, 0o755) // a service may run as another user
 }
 
-// startTime is field 22 of /proc/PID/stat, in clock ticks since boot: with the
-// PID it names a process for good.
+// startTime, with the PID, names a process for good.
 func startTime(pid int) (string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	f, err := procfs.Stat(pid)
 	if err != nil {
 		return "", err
 	}
-	// The command may hold spaces and parentheses; what follows the last one
-	// does not.
-	f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
-	if len(f) < 20 {
-		return "", fmt.Errorf("read start time of %d: short stat", pid)
-	}
-	return f[19], nil
+	return f[procfs.StartTime], nil
 }
 
 // CleanupStale removes what labs of dead owners left. Their processes end by
@@ -64,7 +59,7 @@ func CleanupStale() error {
 		}
 		if start, err := startTime(pid); err == nil && start == m[2] {
 			continue
-		} else if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+		} else if err != nil && !procfs.Gone(err) {
 			continue // cannot tell: leave it
 		}
 		errs = append(errs, killInits(dir), os.RemoveAll(dir))

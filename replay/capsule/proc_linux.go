@@ -9,24 +9,20 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/procfs"
 )
 
 // identify says who pid is now. A zombie is nobody.
 func identify(pid int) (identity, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	stat, err := procfs.Stat(pid)
 	if err != nil {
 		return identity{}, err
 	}
-	// The name in field 2 may hold anything, so count from its closing bracket.
-	_, rest, ok := cutLast(string(stat), ") ")
-	fields := strings.Fields(rest)
-	if !ok || len(fields) < 20 {
-		return identity{}, fmt.Errorf("read /proc/%d/stat: unknown form", pid)
-	}
-	if fields[0] == "Z" || fields[0] == "X" {
+	if s := stat[procfs.State]; s == "Z" || s == "X" {
 		return identity{}, fmt.Errorf("process %d has ended", pid)
 	}
-	start, err := strconv.ParseUint(fields[19], 10, 64)
+	start, err := strconv.ParseUint(stat[procfs.StartTime], 10, 64)
 	if err != nil {
 		return identity{}, fmt.Errorf("read /proc/%d/stat: start time: %w", pid, err)
 	}
@@ -39,14 +35,6 @@ func identify(pid int) (identity, error) {
 		return identity{}, err
 	}
 	return identity{PID: pid, StartTime: start, BootID: strings.TrimSpace(string(boot)), PIDNS: ns}, nil
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	i := strings.LastIndex(s, sep)
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+len(sep):], true
 }
 
 // checkProc refuses a /proc that counts PIDs differently from this process.
