@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ftckpt/ftckpt/checkpoint/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // nsFlags maps the names under /proc/PID/ns to setns(2) flags, in the order in

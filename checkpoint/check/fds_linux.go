@@ -12,7 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/ftckpt/ftckpt/checkpoint/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // remedies says what to do about each kind of descriptor that CRIU 4.2 cannot

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftckpt/ftckpt/checkpoint"
-	"github.com/ftckpt/ftckpt/checkpoint/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // judge turns an error into an answer: what the kernel does not know is missing,
@@ -31,23 +31,6 @@ func judge(err error) (State, string) {
 		return Unknown, err.Error()
 	}
 	return Missing, err.Error()
-}
-
-// inNewNet runs f in a network namespace that ends with it, with lo up.
-func inNewNet(f func() error) error {
-	return nsthread.Run(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("make network namespace: %w", err)
-		}
-		lo, err := netlink.LinkByName("lo")
-		if err != nil {
-			return fmt.Errorf("find lo: %w", err)
-		}
-		if err := netlink.LinkSetUp(lo); err != nil {
-			return fmt.Errorf("set lo up: %w", err)
-		}
-		return f()
-	})
 }
 
 func probePrivileges(context.Context, Options) (State, string) {
@@ -107,7 +90,7 @@ func probeNFQueue(ctx context.Context, _ Options) (State, string) {
 		if err != nil {
 			continue
 		}
-		err = inNewNet(func() error {
+		err = nsthread.RunInNewNet(func() error {
 			out, err := exec.CommandContext(ctx, path, queueRule...).CombinedOutput()
 			if err != nil {
 				return fmt.Errorf("%s: %w: %s", name, err, firstLine(out))
@@ -174,7 +157,7 @@ func probePacketSocket(context.Context, Options) (State, string) {
 
 func probeMacvlan(context.Context, Options) (State, string) {
 	var noParent bool
-	err := inNewNet(func() error {
+	err := nsthread.RunInNewNet(func() error {
 		var parent netlink.Link = &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "ftcheck0"}}
 		if netlink.LinkAdd(parent) != nil {
 			parent = &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "ftcheck0"}, PeerName: "ftcheck1"}
@@ -203,7 +186,7 @@ func probeMacvlan(context.Context, Options) (State, string) {
 }
 
 func probeSockDestroy(context.Context, Options) (State, string) {
-	return judge(inNewNet(destroyOne))
+	return judge(nsthread.RunInNewNet(destroyOne))
 }
 
 // destroyOne makes a connection and has the kernel destroy its end.

@@ -8,22 +8,20 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 const spaceFlags = unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWUTS
 
 // killWait bounds the wait for the last process of a killed host to be gone.
 const killWait = 10 * time.Second
-
-// errReturn is what inside reports when the function left by runtime.Goexit.
-var errReturn = errors.New("the function did not return")
 
 // space is a set of namespaces with a PID 1 of ours in it.
 type space struct {
@@ -135,27 +133,17 @@ func (s *space) inside(flags int, f func() error) error {
 	if err != nil {
 		return err
 	}
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked, so that the runtime ends the thread and nothing
-		// else ever runs in the wrong namespaces.
-		runtime.LockOSThread()
-		err := errReturn
-		defer func() { done <- err }()
-		defer unix.Close(fd)
+	defer unix.Close(fd)
+	return nsthread.Run(func() error {
 		if flags&unix.CLONE_NEWNS != 0 {
 			// The kernel wants a thread with a root and cwd of its own.
-			if err = unix.Unshare(unix.CLONE_FS); err != nil {
-				err = fmt.Errorf("enter host %s: unshare: %w", s.name, err)
-				return
+			if err := unix.Unshare(unix.CLONE_FS); err != nil {
+				return fmt.Errorf("enter host %s: unshare: %w", s.name, err)
 			}
 		}
-		if err = unix.Setns(fd, flags); err != nil {
-			err = fmt.Errorf("enter host %s: setns: %w", s.name, err)
-			return
+		if err := unix.Setns(fd, flags); err != nil {
+			return fmt.Errorf("enter host %s: setns: %w", s.name, err)
 		}
-		err = errReturn
-		err = f()
-	}()
-	return <-done
+		return f()
+	})
 }

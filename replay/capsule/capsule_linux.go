@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // endTimeout bounds how long Close waits for what it killed.
@@ -313,7 +315,7 @@ func (c *Capsule) Done() <-chan struct{} { return c.done }
 // processes it starts are in there; goroutines it starts are not. fn must not
 // call runtime.UnlockOSThread.
 func (c *Capsule) Do(fn func() error) error {
-	if err := inNetNS(c.netns, fn); err != nil {
+	if err := nsthread.InNet(c.netns, fn); err != nil {
 		return fmt.Errorf("in capsule %s: %w", c.opt.Name, err)
 	}
 	return nil

@@ -11,8 +11,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // InitArg is the hidden first argument with which Start executes its own
@@ -86,12 +87,8 @@ func setup(avoid []string) error {
 	if err := os.Chdir("/"); err != nil { // pin no file system of the agent's
 		return err
 	}
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		err = netlink.LinkSetUp(lo)
-	}
-	if err != nil {
-		return fmt.Errorf("set lo up: %w", err)
+	if err := nsthread.LoopbackUp(); err != nil {
+		return err
 	}
 
 	pidMax, err := readPIDMax()

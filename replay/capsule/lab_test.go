@@ -21,6 +21,8 @@ import (
 	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // The lab: every box is a network namespace without a name, so that it is gone
@@ -232,7 +234,7 @@ func (l *lab) setLink(ns *os.File, dev string, set func(netlink.Link) error) {
 	}))
 }
 
-func (l *lab) in(ns *os.File, fn func() error) error { return inNetNS(ns, fn) }
+func (l *lab) in(ns *os.File, fn func() error) error { return nsthread.InNet(ns, fn) }
 
 func (l *lab) must(err error) {
 	l.t.Helper()
@@ -323,7 +325,7 @@ func newNetNS(t *testing.T) *os.File {
 	}
 	defer home.Close()
 	var ns *os.File
-	err = inNetNS(home, func() error {
+	err = nsthread.InNet(home, func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}

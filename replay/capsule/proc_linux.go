@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 
@@ -84,33 +83,4 @@ func killPIDFD(pidfd *os.File) error {
 		kerr = nil
 	}
 	return errors.Join(err, kerr)
-}
-
-// inNetNS runs fn on a thread of its own that is in the network namespace ns.
-// The thread goes back to the runtime only if it came home.
-func inNetNS(ns *os.File, fn func() error) error {
-	err := errors.New("the function left its goroutine")
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		home, e := os.Open("/proc/thread-self/ns/net")
-		if e != nil {
-			err = fmt.Errorf("open own network namespace: %w", e)
-			return
-		}
-		defer home.Close()
-		if e := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); e != nil {
-			err = fmt.Errorf("enter network namespace: %w", e)
-			return
-		}
-		defer func() {
-			if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
-				runtime.UnlockOSThread()
-			}
-		}()
-		err = fn()
-	}()
-	<-done
-	return err
 }

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 const sysctlRoot = "/proc/sys"
@@ -74,10 +76,10 @@ func writeSysctl(name, value string) error {
 // those that restore and replay need, then the caller's.
 func (c *Capsule) setSysctls() error {
 	var host map[string]string
-	if err := inNetNS(c.hostns, func() (err error) { host, err = hostSysctls(); return err }); err != nil {
+	if err := nsthread.InNet(c.hostns, func() (err error) { host, err = hostSysctls(); return err }); err != nil {
 		return fmt.Errorf("read the host's TCP settings: %w", err)
 	}
-	return inNetNS(c.netns, func() error {
+	return nsthread.InNet(c.netns, func() error {
 		for _, name := range slices.Sorted(maps.Keys(host)) {
 			if _, ok := fixed[name]; ok {
 				continue

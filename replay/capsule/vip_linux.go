@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftckpt/ftckpt/internal/l2"
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // parkingMetric is the worst there is: the parking route never wins against a
@@ -102,7 +103,7 @@ func (c *Capsule) makeVIPDev(vip netip.Prefix) error {
 	if err != nil {
 		return fmt.Errorf("find %s inside: %w", c.opt.VIPDev, err)
 	}
-	if err := inNetNS(c.netns, func() error { return setDevSysctls(c.opt.VIPDev) }); err != nil {
+	if err := nsthread.InNet(c.netns, func() error { return setDevSysctls(c.opt.VIPDev) }); err != nil {
 		return err
 	}
 	addr := &netlink.Addr{IPNet: ipNet(vip)}

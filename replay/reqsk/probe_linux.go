@@ -8,12 +8,12 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
@@ -50,23 +50,11 @@ func probe() error {
 			return fmt.Errorf("kernel without SYN cookies (CONFIG_SYN_COOKIES): %w", ebpf.ErrNotSupported)
 		}
 	}
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread, and with it the namespace, ends here.
-		runtime.LockOSThread()
-		done <- probeHere()
-	}()
-	return <-done
+	return nsthread.RunInNewNet(probeHere)
 }
 
-// probeHere is the probe, on a thread of its own.
+// probeHere is the probe, in a network namespace of its own.
 func probeHere() error {
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("make a network namespace (needs CAP_SYS_ADMIN): %w", err)
-	}
-	if err := linkUp("lo"); err != nil {
-		return err
-	}
 	ns, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
 		return fmt.Errorf("open network namespace: %w", err)
@@ -105,23 +93,6 @@ func probeHere() error {
 	defer c.Close()
 	if got := c.RemoteAddr().String(); got != t.Client.String() {
 		return fmt.Errorf("accepted a connection of %s instead of %v", got, t.Client)
-	}
-	return nil
-}
-
-func linkUp(dev string) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open socket: %w", err)
-	}
-	defer unix.Close(fd)
-	ifr, err := unix.NewIfreq(dev)
-	if err != nil {
-		return err
-	}
-	ifr.SetUint16(unix.IFF_UP)
-	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr); err != nil {
-		return fmt.Errorf("set %s up: %w", dev, err)
 	}
 	return nil
 }

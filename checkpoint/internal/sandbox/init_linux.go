@@ -16,6 +16,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // addr is where the target listens, in a network of its own.
@@ -75,12 +77,8 @@ func (p *initProc) setUp(spec string) error {
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mount /proc: %w", err)
 	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find lo: %w", err)
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("set lo up: %w", err)
+	if err := nsthread.LoopbackUp(); err != nil {
+		return err
 	}
 	for name, off := range map[string]bool{"tcp_window_scaling": p.o.NoWScale, "tcp_timestamps": p.o.NoTimestamps} {
 		if !off {
