@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/reap"
 )
 
 // InitArg is the hidden first argument that makes a program a host's PID 1.
@@ -39,7 +41,7 @@ func Main(args []string) int {
 	// Without a handler the runtime would end PID 1, and the host, on a
 	// SIGTERM that some process of the host sends to everything.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT)
-	go reap()
+	go reap.Forever()
 	if err := furnish(args[1]); err != nil {
 		fmt.Printf("error: %v\n", err)
 		return 1
@@ -54,24 +56,6 @@ func Main(args []string) int {
 		fmt.Println("ok")
 	}
 	return 0
-}
-
-// reap waits for the orphans that PID 1 inherits: a zombie would keep its PID,
-// and a restore of the same PID would fail.
-func reap() {
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGCHLD)
-	for range c {
-		for {
-			pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil)
-			if err == syscall.EINTR {
-				continue
-			}
-			if err != nil || pid <= 0 {
-				break
-			}
-		}
-	}
 }
 
 func obey(line string) error {

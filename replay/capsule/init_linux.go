@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftckpt/ftckpt/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/reap"
 )
 
 // InitArg is the hidden first argument with which Start executes its own
@@ -162,7 +163,7 @@ func run(ready *os.File) error {
 			tick = time.Tick(orphanPoll)
 		case <-tick:
 		}
-		reap()
+		reap.Ended()
 		if tick == nil {
 			continue
 		}
@@ -174,19 +175,6 @@ func run(ready *os.File) error {
 			go watch()
 		case alone():
 			return nil
-		}
-	}
-}
-
-// reap takes every zombie there is.
-func reap() {
-	for {
-		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil || pid <= 0 {
-			return
 		}
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
 	"syscall"
@@ -18,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftckpt/ftckpt/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/reap"
 )
 
 // addr is where the target listens, in a network of its own.
@@ -88,22 +88,8 @@ func (p *initProc) setUp(spec string) error {
 			return err
 		}
 	}
-	go reap()
+	go reap.Forever()
 	return nil
-}
-
-// reap waits for whatever becomes init's child: a zombie would keep its process
-// id, and no restore could have it.
-func reap() {
-	ch := make(chan os.Signal, 1)
-	signal.Notify(ch, unix.SIGCHLD)
-	for range ch {
-		for {
-			if pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); err != nil || pid <= 0 {
-				break
-			}
-		}
-	}
 }
 
 func (p *initProc) serve(q request) (reply, error) {
