@@ -18,6 +18,7 @@ const handshakeTime = 60 * time.Second
 // in the log, and the restored TCP has no trace of it.
 type Newborn struct {
 	Open     stream.ConnOpen
+	OpenPos  stream.Position
 	Accept   stream.ConnAccept
 	State    stream.ConnState // newest in the log
 	Known    bool             // State was logged, and is not merely the handshake's
@@ -52,7 +53,7 @@ func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool
 		if ln.Ended && ln.Reason == stream.EndQuarantine {
 			continue
 		}
-		n := Newborn{Open: ln.open, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended, Digests: ln.Digests}
+		n := Newborn{Open: ln.open, OpenPos: ln.openPos, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended, Digests: ln.Digests}
 		n.Answered = ln.answered || ln.Known && ln.accept.ISN.Less(ln.State.ClientAck)
 		opts := tcpwrap.ParseOptions(ln.accept.Options, true)
 		if ts, seen := opts.TSVal, ln.acceptAt; opts.HasTS {
@@ -90,6 +91,7 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 		l.cut = tcpwrap.Cut{
 			Conn: n.Open.Conn, Tuple: n.Open.Tuple, RcvNxt: first, SndUna: l.ack, SndNxt: l.ack,
 			HasTS: syn.HasTS && synack.HasTS, ServerTS: n.TS,
+			Open: n.OpenPos,
 		}
 		if syn.WScale >= 0 && synack.WScale >= 0 {
 			l.cut.SndWScale, l.cut.RcvWScale = uint8(syn.WScale), uint8(synack.WScale)
@@ -147,10 +149,17 @@ func (e *Engine) Stillborn(t stream.FourTuple) {
 
 // answeredNow is called for every packet of the client of an unborn connection
 // that waits for the answer to its SYN-ACK. It reports whether the packet ends
-// the wait for nothing: a new SYN means that the client never got the SYN-ACK.
+// the wait for nothing: a client that begins anew never got the SYN-ACK. The same
+// SYN once more does not say so, for the SYN-ACK may be on its way: it is sent
+// again, and must be the old one.
 func (e *Engine) answeredNow(l *line, s *tcpwrap.Segment) (forgotten bool) {
 	switch {
 	case !e.begun || l.answered:
+	case s.Flags.Has(tcpwrap.SYN) && s.Seq == l.birth.Open.ISN:
+		e.Ready.Send(tcpwrap.Outgoing{
+			Tuple: l.cut.Tuple, Seq: l.birth.Accept.ISN, Ack: l.injNxt, Flags: tcpwrap.SYN | tcpwrap.ACK,
+			Window: firstCredit, Options: l.birth.Accept.Options,
+		})
 	case s.Flags.Has(tcpwrap.SYN) || s.Flags.Has(tcpwrap.RST):
 		e.drop(l)
 		e.sweep()

@@ -92,7 +92,7 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 
 // acknowledge tells the restored TCP what the client has of its output.
 func (e *Engine) acknowledge(l *line) {
-	if e.begun && !l.resetSent && !l.kReset { // before Start there is no TCP yet: it would answer with a reset
+	if e.begun && !l.unborn() && !l.resetSent && !l.kReset { // before Start there is no TCP yet: it would answer with a reset
 		e.send(l, tcpwrap.ACK, l.kAck, nil)
 	}
 }

@@ -23,6 +23,9 @@ type Cut struct {
 	ClientTS, ServerTS   uint32
 	ClientFin            bool // the client's FIN is below RcvNxt
 	ServerFin            bool // the server's FIN is below SndNxt
+	// Open is where the log has the connection's open record, when it was
+	// re-created out of that: the server may not have accepted it yet. Else 0.
+	Open stream.Position
 }
 
 // unacked is a run of logged octets that the server's TCP has not yet
@@ -88,6 +91,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 		sndWScale: c.SndWScale, rcvWScale: c.RcvWScale, hasTS: c.HasTS,
 		clientAck: c.SndUna, clientEdge: c.SndUna.Add(c.SndWnd), clientTS: c.ClientTS,
 		serverNxt: c.SndNxt, serverTS: c.ServerTS, sentNxt: seqnum.Max(c.SndUna, c.SndNxt), rcvAck: c.RcvNxt,
+		openPos: c.Open,
 	}
 	n.in.nxt = c.RcvNxt
 	n.in.fin = c.ClientFin

@@ -29,6 +29,7 @@ type Outgoing struct {
 	HasTS    bool
 	TSVal    uint32
 	TSEcr    uint32
+	Options  []byte // raw, beside the timestamps
 	Payload  []byte
 }
 
@@ -81,6 +82,6 @@ func AppendOutgoing(dst []byte, o *Outgoing) []byte {
 	src, to := o.addrs()
 	return AppendSegment(dst, Build{
 		Src: src, Dst: to, Seq: o.Seq, Ack: o.Ack, Flags: o.Flags, Window: o.Window,
-		TS: o.HasTS, TSVal: o.TSVal, TSEcr: o.TSEcr, Payload: o.Payload,
+		TS: o.HasTS, TSVal: o.TSVal, TSEcr: o.TSEcr, Options: o.Options, Payload: o.Payload,
 	})
 }

@@ -8,6 +8,7 @@
 package tcptest
 
 import (
+	"encoding/binary"
 	"slices"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
@@ -105,7 +106,25 @@ func (e *Endpoint) Handshake() {
 		s.Ack = e.RcvNxt
 		e.edge = e.RcvNxt.Add(seqnum.Size(s.Window))
 	}
+	s.RawOptions = []byte{2, 4, byte(e.MSS >> 8), byte(e.MSS), 1, 3, 3, e.Scale}
+	if s.Options.HasTS {
+		s.RawOptions = append(s.RawOptions, 1, 1, 8, 10)
+		s.RawOptions = binary.BigEndian.AppendUint32(s.RawOptions, s.Options.TSVal)
+		s.RawOptions = binary.BigEndian.AppendUint32(s.RawOptions, s.Options.TSEcr)
+	}
 	e.Out = append(e.Out, s)
+}
+
+// Reborn makes a server's end out of what the log says of its handshake, as
+// bpf_sk_assign_tcp_reqsk does: connected, with the numbers it had. c.TS, c.ISN
+// and c.Scale are taken from the handshake.
+func Reborn(c Config, open stream.ConnOpen, accept stream.ConnAccept, edge seqnum.Value) *Endpoint {
+	syn, synack := tcpwrap.ParseOptions(open.Options, true), tcpwrap.ParseOptions(accept.Options, true)
+	c.ISN, c.TS, c.Scale = accept.ISN, synack.HasTS, uint8(max(synack.WScale, 0))
+	e := &Endpoint{Config: c, State: Established, Una: c.ISN.Add(1), Nxt: c.ISN.Add(1), peerEdge: edge}
+	e.learn(&tcpwrap.Segment{Seq: open.ISN, Options: syn})
+	e.edge = e.RcvNxt.Add(seqnum.Size(min(c.Buffer, 65535)))
+	return e
 }
 
 // Write gives the endpoint data to send.
@@ -182,7 +201,14 @@ func (e *Endpoint) Repeat(seq seqnum.Value, n int) bool {
 	if seq.Less(e.end()) {
 		left = int(seq.To(seqnum.Min(e.end(), e.Nxt)))
 	}
-	e.Out = append(e.Out, e.data(seq, min(n, left, e.MSS)))
+	if seq.Less(e.peerEdge) { // a window that has shrunk is respected, a shut one probed
+		left = min(left, int(seq.To(e.peerEdge)))
+	}
+	s := e.data(seq, min(n, left, e.MSS))
+	if !e.FinSent() {
+		s.Flags &^= tcpwrap.FIN
+	}
+	e.Out = append(e.Out, s)
 	return true
 }
 
