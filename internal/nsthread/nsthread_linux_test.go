@@ -73,7 +73,7 @@ func TestWhatTheFunctionSays(t *testing.T) {
 	}
 	for name, run := range runs {
 		own := errors.New("its own")
-		if err := run(func() error { return own }); err != own {
+		if err := run(func() error { return own }); !errors.Is(err, own) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if err := run(func() error { runtime.Goexit(); return nil }); !errors.Is(err, errLeft) {
