@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,6 +22,10 @@ type Beat struct {
 
 // MaxBeatPayload is the most a heartbeat carries, in octets.
 const MaxBeatPayload = 4096
+
+// beatPing is how often a connection for heartbeats is tried; it is given up
+// when two answers are missing.
+const beatPing = 300 * time.Millisecond
 
 const beatHeader = 4 + 8 + 8
 
@@ -122,7 +127,10 @@ func (l *Log) attend(ctx context.Context, name string, setup func(context.Contex
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(l.ctx, cancel)
 	open := func() (*conn, error) {
-		c, err := l.dial.dial(ctx, l.names.service+" "+name)
+		// A connection that an outage left behind, its TCP waiting ever longer to
+		// try again, must not look like a dead node for seconds.
+		c, err := l.dial.connect(ctx, l.names.service+" "+name, append(slices.Clip(l.dial.quick),
+			nats.PingInterval(beatPing), nats.MaxPingsOutstanding(2)))
 		if err != nil {
 			return nil, err
 		}

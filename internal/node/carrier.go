@@ -13,6 +13,15 @@ import (
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
 
+// isUp are the flags of a link that is up and has a carrier.
+const isUp = unix.IFF_UP | unix.IFF_LOWER_UP
+
+// carrier reports whether the link of that name can be used.
+func carrier(dev string) bool {
+	l, err := netlink.LinkByName(dev)
+	return err == nil && l.Attrs().RawFlags&isUp == isUp
+}
+
 // watchCarrier sees to it that nothing of the service waits in this host for a
 // link that is down. The kernel keeps packets for a neighbour it cannot ask for,
 // and sends them when the link is back: by then another node may long be the
@@ -38,8 +47,7 @@ func (p *primary) watchCarrier(ctx context.Context) error {
 		callOff := func() {} // of the proof under way
 		was := false
 		for u := range updates {
-			const up = unix.IFF_UP | unix.IFF_LOWER_UP
-			down := u.Header.Type == unix.RTM_DELLINK || u.Link.Attrs().RawFlags&up != up
+			down := u.Header.Type == unix.RTM_DELLINK || u.Link.Attrs().RawFlags&isUp != isUp
 			if u.Link.Attrs().Name != p.where.dev || was == down {
 				continue
 			}

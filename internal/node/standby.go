@@ -31,8 +31,9 @@ const (
 	standbyBeatEvery = 2 * beatEvery
 	// logAway is the silence after which one's own heartbeat shows that the log's
 	// server was away, and spareTime what a primary gets to find it again.
-	logAway   = 5 * standbyBeatEvery
-	spareTime = time.Second
+	logAway = 5 * standbyBeatEvery
+	// A connection attempt that the outage swallowed takes a second to fail.
+	spareTime = 3 * time.Second
 	// reopenAfter paces a log that cannot be read.
 	reopenAfter = 500 * time.Millisecond
 )
@@ -67,6 +68,7 @@ type standby struct {
 	heardAt  time.Time
 	ownAt    time.Time // when our own heartbeat last came back from the log's server
 	spare    time.Time // until then nobody is suspected: the log's server was away, or the primary is new
+	cutOff   bool      // the link here is down
 	primary  *primary  // after the takeover
 	taking   bool
 
@@ -392,10 +394,28 @@ func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	// Our own heartbeats take the same way: when they do not arrive either, it is
 	// the log's server that is silent, and nobody can tell about the primary.
 	suspect, silence := s.detector.Tick(now)
-	if suspect && s.ownAt.After(s.heardAt.Add(s.cfg.Detect/2)) {
+	if s.cutOff || suspect {
+		s.mind(now)
+	}
+	if suspect && !s.cutOff && now.After(s.spare) && s.ownAt.After(s.heardAt.Add(s.cfg.Detect/2)) {
 		return fmt.Sprintf("no heartbeat of the primary for %v", silence.Round(time.Millisecond)), now.Add(-silence)
 	}
 	return "", now
+}
+
+// mind looks whether it is we who are cut off. To fence the primary then would
+// end a service that nobody else can give; once the link is back, the primary
+// gets time to be heard. The caller holds mu.
+func (s *standby) mind(now time.Time) {
+	was := s.cutOff
+	s.cutOff = !carrier(s.cfg.Dev)
+	switch {
+	case s.cutOff && !was:
+		s.log.Warn("the primary is not heard of, but the link here is down: waiting for it", "dev", s.cfg.Dev)
+	case was && !s.cutOff:
+		s.log.Info("the link is back", "dev", s.cfg.Dev)
+		s.spare = now.Add(spareTime)
+	}
 }
 
 // usable reports whether the log leads from the generation here to the present.
