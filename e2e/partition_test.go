@@ -70,3 +70,71 @@ func (w *world) connections(h *lab.Host) []string {
 	w.must(err)
 	return strings.FieldsFunc(string(out), func(r rune) bool { return r == '\n' })
 }
+
+// The standby is cut off, and the log with it: the primary can make nothing
+// stable, so clients wait. It must not be fenced by someone who reaches nobody.
+func TestStandbyCutOff(t *testing.T) {
+	w := newWorld(t)
+	redis, protect, _ := w.pair()
+	l := w.startLoad(busy)
+	idle := w.dial()
+	w.checkpoint(w.primary, w.standby)
+	w.somewhen(time.Second)
+
+	w.must(w.standby.CutLink())
+	cut := time.Now()
+	w.untilStatus(w.primary, "its log has failed", func(s control.Status) bool { return s.Log.State == control.LogFailed && !s.Protected })
+	for time.Since(cut) < 2*time.Second {
+		if s, ok := w.status(w.standby); !ok || s.Role != control.RoleStandby {
+			t.Fatalf("the standby, cut off, is %q", s.Role)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	w.must(w.standby.RestoreLink())
+	l.past(time.Now())
+	w.untilStatus(w.primary, "it is protected", func(s control.Status) bool { return s.Protected && s.Epoch == 1 })
+	w.check(idle.quiet(), idle.ask("still here"))
+	w.checkpoint(w.primary, w.standby)
+	redis.kill(w)
+	died := time.Now()
+	w.takenOver(w.standby, 0)
+	protect.exits(exitcode.Failed)
+	l.past(died)
+	w.check(idle.quiet(), idle.ask("and still"))
+	l.finish()
+}
+
+// The network between the hosts fails without a sign of it on any link.
+func TestSilentPartition(t *testing.T) {
+	for _, side := range []string{"primary", "standby"} {
+		t.Run(side, func(t *testing.T) {
+			w := newWorld(t)
+			redis, protect, _ := w.pair()
+			l := w.startLoad(busy)
+			idle := w.dial()
+			w.checkpoint(w.primary, w.standby)
+			w.somewhen(time.Second)
+
+			h := w.lab.Host(side)
+			w.must(h.Loss(100))
+			lost := time.Now()
+			w.takenOver(w.standby, 0)
+			if side == "primary" {
+				l.past(lost)
+			}
+			w.must(h.Loss(0))
+			healed := time.Now()
+			l.past(healed)
+			protect.exits(exitcode.Fenced)
+			w.check(idle.quiet(), idle.ask("still here"), w.dial().ask("a new one"))
+			if r := l.finish(); r.StallUS > 10_000_000 {
+				t.Errorf("a client waited %d ms, although the network was away for a moment", r.StallUS/1000)
+			}
+			if side == "primary" {
+				w.silent(w.primary, healed) // what was lost before reached nobody
+			}
+			w.gone(w.primary)
+			w.unharmed(redis)
+		})
+	}
+}
