@@ -50,9 +50,9 @@ lab_down() {
 finish() {
 	local code=$?
 	trap - EXIT INT TERM
-	# The agents first: they take their capsule along.
+	# The agents first, then the capsules, which outlive them.
 	for p in ${agents:-}; do kill -9 "$p" 2>/dev/null || true; wait "$p" 2>/dev/null || true; done
-	capsules=$(sed -n 's/.*"pid":\([0-9]*\),.*/\1/p' "$dir"/*/capsule-*.json 2>/dev/null || true)
+	capsules=$(sed -n 's/.*"pid": *\([0-9]*\),.*/\1/p' "$dir"/*/capsule-*.json 2>/dev/null || true)
 	for p in $capsules; do kill -9 "$p" 2>/dev/null || true; done
 	lab_down $lab
 	rm -rf "$dir"
