@@ -204,6 +204,9 @@ func (s *standby) follow(ctx context.Context) {
 		s.log.Error("the log cannot be followed; beginning again at the newest generation", "err", err)
 		s.mu.Lock()
 		s.ledger = replay.NewLedger()
+		if s.local.gen.ID != 0 { // its connections may have no open record
+			s.ledger.Introduce(s.local.gen, s.local.tuples())
+		}
 		from = s.local.gen.FromSeq
 		if errors.Is(err, stream.ErrPurged) {
 			from = 0
