@@ -149,16 +149,23 @@ func (w *world) takeover() {
 	}
 	w.engine.Fed(w.now)
 	w.carryOut()
+	var condemned []replay.Condemned
 	for i := 0; !w.engine.Done(); i++ {
-		if i > 20000 {
-			w.t.Fatalf("the replay does not end: %s", w)
+		if i > 3000 { // the node does not wait for ever either
+			condemned = w.engine.Condemn()
+			w.carryOut()
+			break
 		}
 		w.step()
 		w.tick()
 		w.now = w.now.Add(2 * time.Millisecond)
 	}
-	for _, c := range w.engine.Condemned() {
-		w.t.Fatalf("condemned %s: %s", c.Tuple, c.Why)
+	// A client that is gone may have left packets of an earlier connection behind,
+	// which say that it has what this one never said.
+	for _, c := range append(condemned, w.engine.Condemned()...) {
+		if !w.clientOf(c.Tuple).gone {
+			w.t.Fatalf("condemned %s: %s%s", c.Tuple, c.Why, w)
+		}
 	}
 	if n := w.engine.Stats().Divergences; n > 0 {
 		w.t.Fatalf("%d divergences of a server that does what it did", n)
