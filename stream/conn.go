@@ -142,10 +142,6 @@ type conn struct {
 	inbox string // prefix of reply subjects of acks
 }
 
-func (d *dialer) dial(ctx context.Context, name string) (*conn, error) {
-	return d.connect(ctx, name, d.quick)
-}
-
 func (d *dialer) connect(ctx context.Context, name string, more []nats.Option) (*conn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", d.show, err)
