@@ -98,12 +98,10 @@ type generationAnswer struct {
 // (exitcode.Fenced), or protection fails.
 func (p *primary) run(ctx context.Context) error {
 	p.w.OnEnd(func(err error) { p.end(err) })
-	if err := p.lg.StartBeacon(ctx, rolePrimary, p.node, beatEvery, p.beat); err != nil {
-		return fmt.Errorf("start heartbeat: %w", err)
-	}
-	if err := p.lg.WatchBeats(ctx, p.heard); err != nil {
-		return fmt.Errorf("listen for standbys: %w", err)
-	}
+	go p.insist(ctx, "start heartbeat", func() error {
+		return p.lg.StartBeacon(ctx, rolePrimary, p.node, beatEvery, p.beat)
+	})
+	go p.insist(ctx, "listen for standbys", func() error { return p.lg.WatchBeats(ctx, p.heard) })
 	wctx, unwatch := context.WithCancel(ctx)
 	defer unwatch()
 	if err := p.watchCarrier(wctx); err != nil {
@@ -124,6 +122,19 @@ func (p *primary) run(ctx context.Context) error {
 		// The south side has stopped; nothing of the service leaves. A standby
 		// takes over as for a dead host.
 		return p.failClosed(err)
+	}
+}
+
+// insist does something until it succeeds or ctx ends. What clients depend on is
+// live by now: no failure of what stands beside it may end that.
+func (p *primary) insist(ctx context.Context, what string, do func() error) {
+	for {
+		err := do()
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		p.log.Warn(what+"; trying again", "err", err)
+		sleep(ctx, reopenAfter)
 	}
 }
 
