@@ -198,7 +198,11 @@ func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer,
 		_ = r.drv.close()
 		return nil, err
 	}
-	return r.goLive(restored)
+	p, err := r.goLive(restored)
+	if err != nil {
+		_ = r.drv.close()
+	}
+	return p, err
 }
 
 // readUpTo waits until the ledger knows all that was logged before the fence.
@@ -467,9 +471,6 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 			}
 		}
 	})
-	if err := r.drv.dp.Flush(); err != nil {
-		return nil, fmt.Errorf("go live: %w", err)
-	}
 	r.clock.t.Connections, r.clock.t.Resets = live, r.clock.t.Resets+len(orphans)
 	r.clock.t.TotalMS = float64(time.Since(r.clock.start).Microseconds()) / 1000
 	r.log.Info("live", "event", "live", "ms", r.clock.t.TotalMS, "connections", live, "resets", r.clock.t.Resets, "epoch", r.w.Epoch())
