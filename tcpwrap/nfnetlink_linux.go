@@ -13,7 +13,7 @@ import (
 const (
 	nfqSubsys = 3 << 8 // NFNL_SUBSYS_QUEUE
 
-	nfqMsgPacket  = nfqSubsys | 0
+	nfqMsgPacket  = nfqSubsys // message 0
 	nfqMsgVerdict = nfqSubsys | 1
 	nfqMsgConfig  = nfqSubsys | 2
 

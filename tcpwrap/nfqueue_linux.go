@@ -87,7 +87,7 @@ func OpenNFQueue(o NFQueueOptions) (*NFQueue, error) {
 	}
 	q := &NFQueue{fd: -1, queue: o.Queue, stats: -1, up: [2]int{-1, -1}, out: [2]int{-1, -1}}
 	if err := InNetNS(o.NetNS, func() error { return q.openSockets(o.Mark) }); err != nil {
-		q.closeAll()
+		_ = q.closeAll() // what went wrong is told below
 		return nil, fmt.Errorf("open nfqueue %d: %w", o.Queue, err)
 	}
 	q.bufs = make([]byte, nfqBatch*nfqBufSize)
@@ -98,7 +98,7 @@ func OpenNFQueue(o NFQueueOptions) (*NFQueue, error) {
 		q.hdrs[i].hdr.Iovlen = 1
 	}
 	if err := q.configure(o.MaxPackets); err != nil {
-		q.closeAll()
+		_ = q.closeAll() // what went wrong is told below
 		return nil, fmt.Errorf("open nfqueue %d: %w", o.Queue, err)
 	}
 	return q, nil

@@ -111,7 +111,7 @@ func (w *ProcWatch) wait() {
 func (w *ProcWatch) closeFDs() {
 	for _, fd := range []int{w.pidfd, w.stat, w.wake} {
 		if fd >= 0 {
-			unix.Close(fd)
+			_ = unix.Close(fd) // nothing was written to it
 		}
 	}
 }
