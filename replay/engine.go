@@ -278,14 +278,13 @@ func (e *Engine) Fed(now time.Time) {
 }
 
 // Packet is a caught packet: outbound ones come from the restored TCP, inbound
-// ones from the real clients. It answers false when the packet is news for the
-// client of a connection that lags after GoLive: the machine that protects the
-// others must have it, unjudged, because the server may have made it of what
-// that machine's log does not have yet.
+// ones from the real clients. It answers false, after GoLive, when the packet is
+// the affair of the machine that protects the others: news for the client of a
+// connection that lags, because the server may have made it of what that
+// machine's log does not have yet, and what begins a connection anew.
 func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) (judged bool) {
 	if s.Dir == tcpwrap.Inbound {
-		e.fromClient(now, id, s)
-		return true
+		return e.fromClient(now, id, s)
 	}
 	l := e.conns[s.Tuple]
 	if l == nil {
@@ -299,10 +298,13 @@ func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) 
 
 // fromClient keeps a real client's packet for go-live and takes from it what
 // it says about the outstream: it is newer than anything the log has.
-func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) {
+func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) (judged bool) {
 	l := e.conns[s.Tuple]
 	if l != nil && l.unborn() && e.answeredNow(l, s) {
 		l = nil
+	}
+	if e.live && l == nil {
+		return false
 	}
 	if l != nil && s.Flags.Has(tcpwrap.ACK) && s.Flags&(tcpwrap.RST|tcpwrap.SYN) == 0 {
 		e.heard(l, s)
@@ -312,22 +314,23 @@ func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segme
 		if s.Flags.Has(tcpwrap.RST) && s.Seq == l.logged {
 			e.queue(l.cut.Conn, event{evReset, s.Seq, nil})
 			e.pump(now)
-			return
+			return true
 		}
 		e.acknowledge(l)
-		return
+		return true
 	}
 	n := len(s.Payload) + len(s.RawOptions)
 	if len(e.waiting) >= maxHeld || e.waitingOctets+n > maxHeldOctets {
 		e.stats.Refused++
 		e.Ready.Decide(id, tcpwrap.Drop)
-		return
+		return true
 	}
 	w := Waiting{id, *s}
 	w.Segment.Payload = append([]byte(nil), s.Payload...)
 	w.Segment.RawOptions = append([]byte(nil), s.RawOptions...)
 	e.waiting = append(e.waiting, w)
 	e.waitingOctets += n
+	return true
 }
 
 // heard takes note of an acknowledgement. One that covers output which the

@@ -1,6 +1,7 @@
 package replay_test
 
 import (
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -18,22 +19,22 @@ const clockMargin = 100
 
 // step lets one thing happen, whatever the state of the service.
 func (w *world) step() {
-	w.now = w.now.Add(time.Duration(rapid.IntRange(0, 6).Draw(w.t, "time")) * time.Millisecond)
-	what := rapid.IntRange(0, 99).Draw(w.t, "what")
+	w.now = w.now.Add(time.Duration(w.between(0, 6)) * time.Millisecond)
+	what := w.between(0, 99)
 	switch {
 	case what < 28:
-		w.speakUp(w.clients[rapid.IntRange(0, len(w.clients)-1).Draw(w.t, "client")])
+		w.speakUp(w.clients[w.between(0, len(w.clients)-1)])
 	case what < 48:
 		w.deliver(&w.toServer, false, w.toServerNow)
 	case what < 65:
 		w.deliver(&w.toClient, false, w.toClientNow)
 	case what < 85:
 		if len(w.order) > 0 {
-			w.serve(w.order[rapid.IntRange(0, len(w.order)-1).Draw(w.t, "server")])
+			w.serve(w.order[w.between(0, len(w.order)-1)])
 		}
 	case what < 93:
 		if w.machine != nil {
-			w.stabilize(stream.Position(rapid.IntRange(int(w.stable), len(w.log)).Draw(w.t, "stable")))
+			w.stabilize(stream.Position(w.between(int(w.stable), len(w.log))))
 		}
 	case what < 98:
 		w.tick()
@@ -41,7 +42,7 @@ func (w *world) step() {
 		w.follow(int(w.stable))
 	default:
 		if w.machine != nil {
-			w.machine.Congested(w.chance(3, "congested"))
+			w.machine.Congested(w.chance(3))
 		}
 	}
 }
@@ -49,7 +50,7 @@ func (w *world) step() {
 // tick is what the node does every few milliseconds.
 func (w *world) tick() {
 	if w.engine != nil && !w.frozen {
-		w.engine.Busy(w.chance(4, "busy"))
+		w.engine.Busy(w.chance(4))
 		w.engine.Tick(w.now)
 		w.carryOut()
 		if w.machine != nil {
@@ -70,14 +71,17 @@ func (w *world) tick() {
 }
 
 func (w *world) steps(label string, most int) {
-	for range rapid.IntRange(0, most).Draw(w.t, label) * 10 {
+	if !rapid.Bool().Draw(w.t, label) {
+		return
+	}
+	for range w.between(0, most*10) {
 		w.step()
 	}
 }
 
 // crash ends the host: what is not in the log is lost.
 func (w *world) crash() {
-	kept := rapid.IntRange(int(w.stable), len(w.log)).Draw(w.t, "committed")
+	kept := w.between(int(w.stable), len(w.log))
 	w.t.Logf("crash: %d of %d records are kept", kept, len(w.log))
 	w.log = w.log[:kept]
 	for len(w.gens) > 0 && w.gens[len(w.gens)-1].pos > stream.Position(kept) {
@@ -88,7 +92,7 @@ func (w *world) crash() {
 	w.waits = map[tcpwrap.PacketID]*caught{}
 	w.dep, w.stable = stream.Position(kept), stream.Position(kept)
 	w.follow(kept)
-	w.now = w.now.Add(time.Duration(rapid.IntRange(0, 2000).Draw(w.t, "detection")) * time.Millisecond)
+	w.now = w.now.Add(time.Duration(w.between(0, 2000)) * time.Millisecond)
 }
 
 // takeover is what the standby's node does, with the world going on meanwhile.
@@ -125,7 +129,7 @@ func (w *world) takeover() {
 	w.carryOut()
 	w.steps("before the restore", 3)
 
-	rewound, boast := w.chance(3, "rewound"), w.chance(3, "boast")
+	rewound, boast := w.chance(3), w.chance(3)
 	restored := w.now
 	for i, s := range g.socks {
 		ts := survivors[i].TS
@@ -143,7 +147,7 @@ func (w *world) takeover() {
 	for p := int(g.rec.From); p <= len(w.log); p++ {
 		w.engine.Feed(w.now, w.log[p-1])
 		w.carryOut()
-		if w.chance(2, "meanwhile") {
+		if w.chance(2) {
 			w.step()
 		}
 	}
@@ -237,7 +241,7 @@ func (w *world) finish() {
 			w.listen(c)
 		}
 		if !busy {
-			return
+			break
 		}
 		if round > 400 {
 			w.t.Fatalf("no end in sight: %s", w)
@@ -259,11 +263,15 @@ func (w *world) finish() {
 			w.deliver(&w.toClient, true, w.toClientNow)
 		}
 	}
+	w.stabilize(stream.Position(len(w.log)))
+	for id, c := range w.waits {
+		w.t.Errorf("packet %d waits for ever: %+v", id, c.seg)
+	}
 }
 
 func testTakeover(t *rapid.T, crashes int) {
 	w := &world{
-		t: t, now: time.Unix(1000, 0), host: map[stream.FourTuple]*served{}, ledger: replay.NewLedger(),
+		t: t, rnd: rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 1)), now: time.Unix(1000, 0), host: map[stream.FourTuple]*served{}, ledger: replay.NewLedger(),
 		machine: tcpwrap.NewMachine(1, 1, tcpwrap.DefaultLimits()), waits: map[tcpwrap.PacketID]*caught{},
 		slow: rapid.SampledFrom([]int{1, 3, 30}).Draw(t, "slow"), strict: rapid.Bool().Draw(t, "strict"),
 		overruns: rapid.SampledFrom([]int{0, 4, 10}).Draw(t, "overruns"),
@@ -280,7 +288,7 @@ func testTakeover(t *rapid.T, crashes int) {
 				w.dial()
 			}
 			if w.engine == nil { // neither does the node while a connection lags
-				w.checkpoint(func() { w.steps("dump", 1) }, w.chance(4, "upload fails"))
+				w.checkpoint(func() { w.steps("dump", 1) }, w.chance(4))
 			}
 			w.steps("protected", 20)
 		}

@@ -3,6 +3,7 @@ package replay_test
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"time"
@@ -89,6 +90,7 @@ type caught struct {
 // primary whose host dies.
 type world struct {
 	t       *rapid.T
+	rnd     *rand.Rand
 	now     time.Time
 	clients []*client
 	host    map[stream.FourTuple]*served
@@ -116,9 +118,12 @@ type world struct {
 	timeouts bool
 }
 
-func (w *world) chance(in int, label string) bool {
-	return rapid.IntRange(1, in).Draw(w.t, label) == 1
-}
+// between draws evenly, which rapid by itself does not: it shrinks to fewer
+// steps, not to smaller ones.
+func (w *world) between(low, high int) int { return low + w.rnd.IntN(high-low+1) }
+
+// chance is true once in so many times.
+func (w *world) chance(in int) bool { return w.rnd.IntN(in) == 0 }
 
 func (w *world) clock() uint32 { return uint32(w.now.UnixMilli()) }
 
@@ -131,8 +136,8 @@ func tupleOf(name int) stream.FourTuple {
 func (w *world) config(name int, server bool) tcptest.Config {
 	c := tcptest.Config{
 		Tuple: tupleOf(name), Server: server,
-		ISN:    seqnum.Value(rapid.OneOf(rapid.Uint32(), rapid.Uint32Range(1<<32-300, 1<<32-1)).Draw(w.t, "isn")),
-		Buffer: rapid.IntRange(60, 1500).Draw(w.t, "buffer"), Scale: uint8(rapid.IntRange(0, 3).Draw(w.t, "scale")),
+		ISN:    seqnum.Value(w.rnd.Uint32() | uint32(w.between(0, 1)*0xffffff00)), // half of them are about to wrap
+		Buffer: w.between(60, 1500), Scale: uint8(w.between(0, 3)),
 		MSS: 120, TS: rapid.Bool().Draw(w.t, "timestamps"), Strict: w.strict, Clock: w.clock,
 	}
 	if server {
@@ -141,7 +146,7 @@ func (w *world) config(name int, server bool) tcptest.Config {
 	return c
 }
 
-func (w *world) overrun() bool { return w.overruns > 0 && w.chance(w.overruns, "overrun") }
+func (w *world) overrun() bool { return w.overruns > 0 && w.chance(w.overruns) }
 
 // dial makes a new client.
 func (w *world) dial() {
@@ -343,14 +348,14 @@ func (w *world) deliver(wire *[]tcpwrap.Segment, reliable bool, to func(s *tcpwr
 		return
 	}
 	i := 0
-	if !reliable && w.chance(3, "out of order") {
-		i = rapid.IntRange(0, len(*wire)-1).Draw(w.t, "packet")
+	if !reliable && w.chance(3) {
+		i = w.between(0, len(*wire)-1)
 	}
 	s := (*wire)[i]
-	if reliable || !w.chance(9, "doubled") {
+	if reliable || !w.chance(9) {
 		*wire = slices.Delete(*wire, i, i+1)
 	}
-	if reliable || !w.chance(8, "lost") {
+	if reliable || !w.chance(8) {
 		to(&s)
 	}
 }
@@ -369,9 +374,9 @@ func (w *world) serve(t stream.FourTuple) {
 	if h == nil || w.frozen {
 		return
 	}
-	if h.ep.State == tcptest.Established && w.chance(w.slow, "reads") {
+	if h.ep.State == tcptest.Established && w.chance(w.slow) {
 		h.accepted = true
-		p := h.ep.Read(rapid.IntRange(1, 400).Draw(w.t, "read"))
+		p := h.ep.Read(w.between(1, 400))
 		h.ep.Write(h.app.hears(p))
 		if h.ep.PeerClosed && h.ep.Readable() == 0 && !h.app.done {
 			h.app.done = true
@@ -379,9 +384,9 @@ func (w *world) serve(t stream.FourTuple) {
 			h.ep.CloseWrite()
 		}
 	}
-	switch rapid.IntRange(0, 5).Draw(w.t, "server") {
+	switch w.between(0, 5) {
 	case 0, 1, 2:
-		h.ep.Send(rapid.IntRange(1, 200).Draw(w.t, "size"))
+		h.ep.Send(w.between(1, 200))
 	case 3:
 		if h.ep.AckDue {
 			h.ep.Ack()
@@ -390,7 +395,7 @@ func (w *world) serve(t stream.FourTuple) {
 		if h.ep.State == tcptest.SynReceived {
 			h.ep.Handshake()
 		} else {
-			h.ep.Resend(rapid.IntRange(1, 200).Draw(w.t, "size"))
+			h.ep.Resend(w.between(1, 200))
 		}
 	case 5:
 		h.ep.Probe()
@@ -400,8 +405,8 @@ func (w *world) serve(t stream.FourTuple) {
 
 // speakUp lets a client do something.
 func (w *world) speakUp(c *client) {
-	size := func() int { return rapid.IntRange(1, 200).Draw(w.t, "size") }
-	switch what := rapid.IntRange(0, 19).Draw(w.t, "client"); {
+	size := func() int { return w.between(1, 200) }
+	switch what := w.between(0, 19); {
 	case c.ep.State == tcptest.SynSent:
 		if what < 4 {
 			c.ep.Handshake()
@@ -422,10 +427,10 @@ func (w *world) speakUp(c *client) {
 		c.ep.Ack()
 	case what < 17:
 		c.ep.Probe()
-	case what < 18 && w.chance(3, "closes"):
+	case what < 18 && w.chance(3):
 		c.ep.CloseWrite()
 		c.ep.Send(size())
-	case what < 19 && w.chance(12, "aborts"):
+	case what < 19 && w.chance(12):
 		c.gone = true
 		c.ep.Abort()
 	}
