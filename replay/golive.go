@@ -17,22 +17,23 @@ type Condemned struct {
 	Why   string
 }
 
-// Condemn gives up the connections that have not caught up: where a recovery
+// Condemn gives up the connections that cannot catch up: where a recovery
 // cannot be exact it resets that connection and says so (promise 4). Both ends
-// are told, the client at go-live.
+// are told, the client at go-live. One whose server has yet to read what the log
+// holds for it is not wrong, only late: it lags from now on.
 func (e *Engine) Condemn() []Condemned {
 	for _, l := range e.lines {
-		if l.caughtUp() || l.lagging && l.gap == "" {
-			continue
+		switch {
+		case l.caughtUp() || l.lagging && l.gap == "":
+		case l.gap != "":
+			e.doom(l, l.gap)
+		case l.unborn():
+			e.doom(l, "it was not re-created")
+		case l.silent():
+			e.doom(l, fmt.Sprintf("the client has %d octets that the restored server did not send again", l.kNxt.To(l.ack)))
+		default:
+			e.lag(l)
 		}
-		why := fmt.Sprintf("the restored server's TCP acknowledged %d of %d logged octets", l.cut.RcvNxt.To(l.kAck), l.cut.RcvNxt.To(l.logged))
-		if l.kNxt.Less(l.ack) {
-			why = fmt.Sprintf("the client has %d octets that the restored server did not send again", l.kNxt.To(l.ack))
-		}
-		if l.gap != "" {
-			why = l.gap
-		}
-		e.doom(l, why)
 	}
 	e.sweep()
 	return e.Condemned()
