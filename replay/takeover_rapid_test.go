@@ -182,7 +182,7 @@ func (w *world) goLive(g *generation, reborn map[stream.ConnID]bool) {
 	for _, c := range g.cuts {
 		survives[c.Conn] = true
 	}
-	next := stream.ConnID(1)
+	next := g.nextConn
 	w.ledger.Lines(func(l *replay.Line) { next = max(next, l.Conn+1) })
 	orphans := w.ledger.Orphans(func(id stream.ConnID) bool { return survives[id] || reborn[id] })
 	for _, o := range orphans {

@@ -78,6 +78,7 @@ type generation struct {
 	unaccepted map[stream.ConnID]bool
 	at         time.Time
 	pos        stream.Position // of its record
+	nextConn   stream.ConnID   // as the manifest has it
 }
 
 // caught is a packet that waits for its verdict.
@@ -483,6 +484,7 @@ func (w *world) checkpoint(steps func(), failing bool) {
 	w.carryOut()
 	w.machine.Thaw(w.now)
 	w.carryOut()
+	g.nextConn = w.machine.NextConn()
 	if failing {
 		return
 	}
