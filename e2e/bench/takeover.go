@@ -32,6 +32,9 @@ type takeoverRun struct {
 const (
 	takeoverClients = 10
 	takeoverLimit   = 30 * time.Second
+	// tenure is how long a primary is one before its fault: a standby does not
+	// doubt a new one for its first seconds.
+	tenure = 4 * time.Second
 )
 
 // measureTakeovers kills the server, and its host, in labs of their own.
@@ -66,11 +69,15 @@ func (w *world) takeOver(ctx context.Context, fault string) (run takeoverRun, er
 	if err := w.protect(ctx); err != nil {
 		return run, err
 	}
+	old := time.Now().Add(tenure)
 	probes, stop, err := startProbes(ctx, w, takeoverClients)
 	if err != nil {
 		return run, err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
+	if err := waitReplies(ctx, probes, func(p *probe) bool { return p.last.After(old) }); err != nil {
+		return run, err
+	}
 	// The generation that has these connections, and some log behind it.
 	res, err := w.generation(ctx)
 	if err != nil {
