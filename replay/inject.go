@@ -171,7 +171,8 @@ func (e *Engine) Tick(now time.Time) {
 			e.condemn(l)
 			continue
 		}
-		if (len(l.sent) > 0 || len(l.todo) > 0) && now.Sub(l.moved) >= stall<<min(l.probes, maxBackoff) {
+		turn := l.lagging || len(e.order) > 0 && e.order[0] == l // else nothing new of it may go yet
+		if (len(l.sent) > 0 || len(l.todo) > 0 && turn) && now.Sub(l.moved) >= stall<<min(l.probes, maxBackoff) {
 			l.moved = now
 			l.probes++
 			e.probe(l)
