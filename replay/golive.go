@@ -65,9 +65,6 @@ func (e *Engine) condemn(l *line) {
 	for i := range l.sent {
 		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.sent[i].end(), nil)
 	}
-	for _, id := range l.kept {
-		e.Ready.Decide(id, tcpwrap.Drop)
-	}
 	e.Ready.Send(tcpwrap.Outgoing{Tuple: l.cut.Tuple, Seq: l.ack, Ack: l.logged, Flags: tcpwrap.RST | tcpwrap.ACK})
 	e.drop(l)
 }
@@ -77,6 +74,10 @@ func (e *Engine) drop(l *line) {
 	for i := range l.todo {
 		e.queued -= len(l.todo[i].data)
 	}
+	for _, id := range l.kept {
+		e.Ready.Decide(id, tcpwrap.Drop)
+	}
+	l.kept = nil
 	l.gone = true
 	delete(e.conns, l.cut.Tuple)
 	delete(e.byID, l.cut.Conn)
