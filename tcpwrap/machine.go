@@ -31,16 +31,16 @@ const (
 )
 
 // Machine is the failure-free half of the south side: it logs what clients
-// send and holds what the server sends until all that it depends on is stable
-// .
+// send and holds what the server sends until all that it depends on is stable.
 //
 // It is a deterministic state machine without goroutine, clock or socket, and
 // not safe for concurrent use. Events are its methods; what they want done is
 // in Ready, to be carried out before the next event.
 //
 // The invariants, whatever the events:
-//   - an outbound packet is accepted only when every Bytes, ClientFin,
-//     ConnOpen and ClientReset record made before it was caught is stable;
+//   - an outbound packet, of a connection of ours or not, is accepted only when
+//     every Bytes, ClientFin, ConnOpen, ConnAccept and ClientReset record made
+//     before it was caught is stable;
 //   - an outbound acknowledgement never covers an octet that has no record;
 //   - an inbound packet with new data is accepted only with its record.
 type Machine struct {
