@@ -93,7 +93,15 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 // acknowledge tells the restored TCP what the client has of its output.
 func (e *Engine) acknowledge(l *line) {
 	if e.begun && !l.unborn() && !l.resetSent && !l.kReset { // before Start there is no TCP yet: it would answer with a reset
-		e.send(l, tcpwrap.ACK, l.kAck, nil)
+		// At SND.NXT, where a client's own TCP sends them from. What the restored
+		// TCP has acknowledged may be behind it by the time this gets there, and
+		// a segment before its window is discarded with its acknowledgement. So is
+		// one beyond it, which it may be when octets were injected for nothing.
+		seq := l.injNxt
+		if l.kEdge.Less(seq) {
+			seq = l.kAck
+		}
+		e.send(l, tcpwrap.ACK, seq, nil)
 	}
 }
 
@@ -176,6 +184,10 @@ func (e *Engine) Tick(now time.Time) {
 			l.moved = now
 			l.probes++
 			e.probe(l)
+		} else if l.kNxt.Less(l.ack) && now.Sub(l.moved) >= stall<<min(l.probes, maxBackoff) {
+			l.moved = now
+			l.probes++
+			e.acknowledge(l) // it may wait for an acknowledgement that was lost
 		}
 	}
 	e.sweep()
