@@ -372,7 +372,7 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 	if s.Flags.Has(tcpwrap.ACK) {
 		e.acked(now, l, s)
 	}
-	probe := s.Len() == 0 && s.Seq.Less(l.kNxt) // keep-alive or of a shut window: it wants an answer
+	probe := s.Len() == 0 && s.Seq.Less(l.kSure) // keep-alive or of a shut window: it wants an answer
 	e.compare(l, s)
 	if l.kNxt.Less(end) {
 		l.kNxt, l.grew = end, now
