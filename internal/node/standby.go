@@ -32,6 +32,10 @@ const (
 	// logAway is the silence after which one's own heartbeat shows that the log's
 	// server was away, and spareTime what a primary gets to find it again.
 	logAway = 5 * standbyBeatEvery
+	// longAway is a silence that no load explains. A shorter one spares the primary
+	// only once: on a loaded host they come one after the other, and a dead
+	// primary would be spared for ever.
+	longAway = 2 * time.Second
 	// A connection attempt that the outage swallowed takes a second to fail.
 	spareTime = 3 * time.Second
 	// reopenAfter paces a log that cannot be read.
@@ -68,6 +72,7 @@ type standby struct {
 	heardAt  time.Time
 	ownAt    time.Time // when our own heartbeat last came back from the log's server
 	spare    time.Time // until then nobody is suspected: the log's server was away, or the primary is new
+	hiccup   bool      // it was away for a moment since the primary was last heard of
 	cutOff   bool      // the link here is down
 	primary  *primary  // after the takeover
 	taking   bool
@@ -341,11 +346,11 @@ func (s *standby) heard(b stream.Beat) {
 			s.detector = stream.NewDetector(s.cfg.Detect, detectEvery)
 		}
 		s.detector.Observe(b.At)
-		s.heardAt = b.At
+		s.heardAt, s.hiccup = b.At, false
 	}
 	if b.Role == roleStandby && b.Node == s.node {
-		if b.At.Sub(s.ownAt) > logAway {
-			s.spare = b.At.Add(spareTime)
+		if gap := b.At.Sub(s.ownAt); gap > longAway || gap > logAway && !s.hiccup {
+			s.spare, s.hiccup = b.At.Add(spareTime), true
 		}
 		s.ownAt = b.At
 	}
