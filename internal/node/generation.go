@@ -228,6 +228,13 @@ func (p *primary) publish(ctx context.Context, m checkpoint.Manifest, at time.Ti
 		return gen, err
 	}
 	seq, ok := p.w.SeqOf(m.From)
+	if !ok && m.From < p.first {
+		// A connection that a takeover brought here still waits to be accepted: its
+		// records are of an epoch before, and the generation of then has them.
+		p.mu.Lock()
+		seq, ok = p.gen.gen.FromSeq, p.gen.gen.ID != 0
+		p.mu.Unlock()
+	}
 	if !ok {
 		return gen, fmt.Errorf("publish generation %d: no batch holds position %d", m.ID, m.From)
 	}

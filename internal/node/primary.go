@@ -52,8 +52,9 @@ type primary struct {
 	hasher checkpoint.Hasher
 	server *stream.Server // embedded log, nil when it is elsewhere
 
-	nextConn stream.ConnID // identity of this epoch's first new connection
-	lastID   uint64        // number of the newest generation, whoever took it
+	nextConn stream.ConnID   // identity of this epoch's first new connection
+	lastID   uint64          // number of the newest generation, whoever took it
+	first    stream.Position // first record of this epoch
 
 	exited <-chan struct{} // the server process is gone
 	ended  chan error      // the log or the queue ended

@@ -114,6 +114,7 @@ type recovery struct {
 	socks  []checkpoint.Socket
 	engine *replay.Engine
 	reborn map[stream.ConnID]bool // connections that the engine re-creates
+	gone   []replay.Condemned
 	drv    *driver
 	rules  *tcpwrap.Rules
 }
@@ -375,6 +376,7 @@ func (r *recovery) rollForward(ctx context.Context, pid int) error {
 		if stuck != nil {
 			gone = append(gone, r.engine.Condemn()...)
 		}
+		r.gone = gone
 		for _, c := range gone {
 			r.clock.t.Resets++
 			r.log.Error("connection reset: its recovery cannot be exact", "conn", c.Tuple, "why", c.Why)
@@ -439,7 +441,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
 		gen: taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
 		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
-		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID,
+		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID, first: r.w.Next(),
 	}
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
 		return nil, err
@@ -465,7 +467,11 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		for i := range waiting {
 			m.Packet(now, waiting[i].ID, &waiting[i].Segment, false)
 		}
+		for _, c := range r.gone { // or the next takeover would try them again
+			m.Append(stream.ConnEnd{Conn: c.Conn, Reason: stream.EndReset})
+		}
 		for _, o := range orphans {
+			m.Append(stream.ConnEnd{Conn: o.Conn, Reason: stream.EndReset})
 			for _, at := range o.At {
 				m.Ready.Send(tcpwrap.Outgoing{Tuple: o.Tuple, Seq: at, Flags: tcpwrap.RST})
 			}
