@@ -116,7 +116,6 @@ type world struct {
 	slow     int  // how seldom the apps read, 1 is always
 	strict   bool
 	overruns int // one in so many segments is dropped for want of memory, 0: none
-	timeouts bool
 }
 
 // between draws evenly, which rapid by itself does not: it shrinks to fewer

@@ -141,7 +141,7 @@ func (l *lab) serve(t testing.TB, vip netip.Addr, handle func(*net.TCPConn)) {
 	})
 }
 
-func echo(c *net.TCPConn) { io.Copy(struct{ io.Writer }{c}, c) }
+func echo(c *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{c}, c) }
 
 func (l *lab) tryDial(vip netip.Addr) (c *net.TCPConn, err error) {
 	err = InNetNS(l.client, func() error {
@@ -215,7 +215,6 @@ type tap struct {
 	seen []caught
 	held []caught
 	big  int // octets of the largest packet
-	err  error
 }
 
 func newTap(t testing.TB, q *NFQueue, decide func(caught) Verdict) *tap {

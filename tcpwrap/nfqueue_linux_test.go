@@ -57,11 +57,11 @@ func TestHeldPacketsLeaveInOrder(t *testing.T) {
 	run(t, "ip", "netns", "exec", l.server, "sysctl", "-qw", "net.ipv4.tcp_autocorking=0")
 	l.serve(t, labServer4, func(c *net.TCPConn) {
 		var b [1]byte
-		io.ReadFull(c, b[:])
+		_, _ = io.ReadFull(c, b[:])
 		for _, s := range []string{"one,", "two,", "three"} { // TCP_NODELAY: three segments
-			io.WriteString(c, s)
+			_, _ = io.WriteString(c, s)
 		}
-		io.Copy(io.Discard, c)
+		_, _ = io.Copy(io.Discard, c)
 	})
 	tp := newTap(t, l.open(t), func(p caught) Verdict {
 		if p.Dir == Outbound && len(p.Seg.Payload) > 0 {
@@ -131,7 +131,7 @@ func TestBulkThroughTheQueue(t *testing.T) {
 	content := func() io.Reader { return io.LimitReader(rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)}), size) }
 	l.serve(t, labServer4, func(c *net.TCPConn) {
 		h := sha256.New()
-		io.Copy(h, io.LimitReader(c, size))
+		_, _ = io.Copy(h, io.LimitReader(c, size))
 		sum <- [32]byte(h.Sum(nil))
 		io.Copy(struct{ io.Writer }{c}, content())
 	})
@@ -326,7 +326,7 @@ func TestSendUpAndOut(t *testing.T) {
 			got := make(chan string, 1)
 			l.serve(t, vip, func(c *net.TCPConn) {
 				var b [8]byte
-				io.ReadFull(c, b[:])
+				_, _ = io.ReadFull(c, b[:])
 				got <- string(b[:])
 				io.Copy(io.Discard, c)
 			})

@@ -114,7 +114,7 @@ func TestChildServer(t *testing.T) {
 			if _, err := io.ReadFull(c, b[:]); err != nil || b[0] == 'q' {
 				return
 			}
-			c.Write(b[:])
+			_, _ = c.Write(b[:])
 		}
 	})
 	fmt.Println("ready")

@@ -72,7 +72,7 @@ func TestSocketsAndTheirEnd(t *testing.T) {
 // An orphan: the server closed it, the client has not taken its octets.
 func TestOrphanIsDestroyed(t *testing.T) {
 	l := newLab(t)
-	l.serve(t, labServer4, func(c *net.TCPConn) { io.WriteString(c, "last words") })
+	l.serve(t, labServer4, func(c *net.TCPConn) { _, _ = io.WriteString(c, "last words") })
 	newTap(t, l.open(t), func(p caught) Verdict {
 		if p.Dir == Outbound && len(p.Seg.Payload) > 0 || p.Seg.Flags.Has(RST) {
 			return Drop
