@@ -167,6 +167,7 @@ func (n *network) record(r tcpwrap.Numbered) {
 		p := n.byID[id]
 		if p == nil {
 			n.t.Fatalf("a record of connection %d, which was never opened", id)
+			return
 		}
 		if seq != n.next[id] {
 			n.t.Fatalf("connection %d: record of %d, expected %d", id, seq, n.next[id])
@@ -239,14 +240,15 @@ func (n *network) verdict(v tcpwrap.Decision, c *caught) {
 
 // up gives the server's host a segment.
 func (n *network) up(p *pair, s *tcpwrap.Segment) {
-	if s.Flags.Has(tcpwrap.SYN) && (p.server == nil || p.server.State == tcptest.Reset) && s.Seq == p.client.ISN {
+	switch {
+	case s.Flags.Has(tcpwrap.SYN) && (p.server == nil || p.server.State == tcptest.Reset) && s.Seq == p.client.ISN:
 		p.server = tcptest.Answer(n.config(p.name, true), s)
-	} else if p.server == nil {
+	case p.server == nil:
 		if r, ok := tcptest.Refusal(s); ok {
 			n.catch(r)
 		}
 		return
-	} else {
+	default:
 		p.server.Receive(s)
 	}
 	n.speak(p)

@@ -133,7 +133,7 @@ func TestBulkThroughTheQueue(t *testing.T) {
 		h := sha256.New()
 		_, _ = io.Copy(h, io.LimitReader(c, size))
 		sum <- [32]byte(h.Sum(nil))
-		io.Copy(struct{ io.Writer }{c}, content())
+		_, _ = io.Copy(struct{ io.Writer }{c}, content())
 	})
 	tp := newTap(t, l.open(t), nil)
 	l.install(t, labServer4)
@@ -328,7 +328,7 @@ func TestSendUpAndOut(t *testing.T) {
 				var b [8]byte
 				_, _ = io.ReadFull(c, b[:])
 				got <- string(b[:])
-				io.Copy(io.Discard, c)
+				_, _ = io.Copy(io.Discard, c)
 			})
 			tp := newTap(t, l.open(t), func(p caught) Verdict { return Accept })
 			l.install(t, vip)
