@@ -521,6 +521,9 @@ func (n *network) finish() {
 			n.listen(p)
 			if p.server != nil {
 				p.server.Overrun = nil
+				if p.server.State == tcptest.SynReceived { // a SYN-ACK is sent again until it is answered
+					p.server.Handshake()
+				}
 				p.server.Read(1 << 20)
 				p.client.Read(1 << 20)
 				p.server.Resend(100)
