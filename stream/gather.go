@@ -7,7 +7,7 @@ const (
 	mostGather = 250 * time.Microsecond
 	// fewClients is how many clients' records a batch must have had for its
 	// successor to wait: one that speaks alone has nobody to wait for.
-	fewClients = 4
+	fewClients = 2
 	// bestKept is how long the quickest answer counts.
 	bestKept = 5 * time.Second
 )
