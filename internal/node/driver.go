@@ -97,7 +97,6 @@ func (d *driver) finish() {
 
 func (d *driver) receive() {
 	defer d.done.Done()
-	ahead(d.log)
 	var packets []tcpwrap.Packet
 	for {
 		var err error
