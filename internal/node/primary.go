@@ -76,6 +76,14 @@ type primary struct {
 	spared      bool      // run has ended and the server lives on
 }
 
+// newPrimary makes p, whose parts the caller has given, ready to run.
+func newPrimary(p *primary) *primary {
+	p.ended, p.wanted = make(chan error, 1), make(chan wanted)
+	p.standbys, p.seen = map[string]control.Standby{}, map[string]time.Time{}
+	p.role = control.RolePrimary
+	return p
+}
+
 // place is where the server runs.
 type place struct {
 	pid     int

@@ -63,16 +63,15 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("open the log: %w", err))
 	}
 	defer lg.Close()
-	p := &primary{
+	p := newPrimary(&primary{
 		log: log, out: out, node: node, svc: svc,
 		where: place{pid: cfg.PID, dev: cfg.Dev, leave: func() error { return removeVIP(cfg) }},
 		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), criu: criu,
 		rules: &tcpwrap.Rules{
 			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Dev: svc.Dev, Mark: packetMark,
 		},
-		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
-		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
-	}
+		exited: watch.Exited(),
+	})
 	if p.dir, err = imageDir(cfg.Common, cfg.Name+"-primary"); err != nil {
 		return err
 	}

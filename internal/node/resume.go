@@ -7,10 +7,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/ftckpt/ftckpt/internal/config"
-	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
 	"github.com/ftckpt/ftckpt/replay/capsule"
 	"github.com/ftckpt/ftckpt/stream"
@@ -86,13 +84,12 @@ func (s *standby) resume(ctx context.Context, r *resident) error {
 		return fmt.Errorf("watch pid %d: %w", r.pid, err)
 	}
 	defer watch.Close()
-	p := &primary{
+	p := newPrimary(&primary{
 		log: s.log, out: s.out, node: s.node, svc: svc, where: inCapsule(r.pid, s.capsule),
 		lg: s.lg, store: s.store, url: s.url, criu: s.criu, server: s.srv,
 		rules:  capsuleRules(s.cfg, svc, s.capsule),
-		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
-		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
-	}
+		exited: watch.Exited(),
+	})
 	if p.dir, err = imageDir(s.cfg.Common, s.cfg.Name+"-primary"); err != nil {
 		return err
 	}

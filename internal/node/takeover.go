@@ -434,15 +434,14 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &primary{
+	p := newPrimary(&primary{
 		log: r.log, out: r.out, node: r.node, svc: r.svc,
 		where: inCapsule(res.PID, r.capsule),
 		lg:    r.lg, w: r.w, store: r.store, url: r.url, drv: r.drv, rules: r.rules, criu: r.criu,
-		exited: watch.Exited(), ended: make(chan error, 1), wanted: make(chan wanted),
-		gen: taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
-		standbys: map[string]control.Standby{}, seen: map[string]time.Time{}, role: control.RolePrimary,
+		exited: watch.Exited(),
+		gen:    taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
 		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID, first: r.w.Next(),
-	}
+	})
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
 		return nil, err
 	}
