@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"time"
 
@@ -16,10 +17,37 @@ import (
 // isUp are the flags of a link that is up and has a carrier.
 const isUp = unix.IFF_UP | unix.IFF_LOWER_UP
 
-// carrier reports whether the link of that name can be used.
-func carrier(dev string) bool {
-	l, err := netlink.LinkByName(dev)
-	return err == nil && l.Attrs().RawFlags&isUp == isUp
+// watchLink calls changed, from one goroutine, whenever the link of that name in
+// the network namespace ns ("" is the caller's own) loses its carrier or has it
+// again, until ctx ends. A link that is down from the start is reported as well;
+// one that is up is not.
+func watchLink(ctx context.Context, ns, dev string, log *slog.Logger, changed func(up bool, index int)) error {
+	updates := make(chan netlink.LinkUpdate, 16)
+	err := tcpwrap.InNetNS(ns, func() error {
+		return netlink.LinkSubscribeWithOptions(updates, ctx.Done(), netlink.LinkSubscribeOptions{
+			ListExisting: true,
+			ErrorCallback: func(err error) {
+				if ctx.Err() == nil {
+					log.Warn("watch the link", "dev", dev, "err", err)
+				}
+			},
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("watch the link %s: %w", dev, err)
+	}
+	go func() {
+		was := true
+		for u := range updates {
+			up := u.Header.Type != unix.RTM_DELLINK && u.Link.Attrs().RawFlags&isUp == isUp
+			if u.Link.Attrs().Name != dev || was == up {
+				continue
+			}
+			was = up
+			changed(up, u.Link.Attrs().Index)
+		}
+	}()
+	return nil
 }
 
 // watchCarrier sees to it that nothing of the service waits in this host for a
@@ -29,41 +57,17 @@ func carrier(dev string) bool {
 // the kernel is thrown away, which to TCP is loss. When the link is back, the
 // log must first have taken a record: until then this node may have been fenced.
 func (p *primary) watchCarrier(ctx context.Context) error {
-	updates := make(chan netlink.LinkUpdate, 16)
-	err := tcpwrap.InNetNS(p.where.netns, func() error {
-		return netlink.LinkSubscribeWithOptions(updates, ctx.Done(), netlink.LinkSubscribeOptions{
-			ListExisting: true,
-			ErrorCallback: func(err error) {
-				if ctx.Err() == nil {
-					p.log.Warn("watch the link", "err", err)
-				}
-			},
-		})
-	})
-	if err != nil {
-		return fmt.Errorf("watch the link %s: %w", p.where.dev, err)
-	}
-	go func() {
-		callOff := func() {} // of the proof under way
-		was := false
-		for u := range updates {
-			down := u.Header.Type == unix.RTM_DELLINK || u.Link.Attrs().RawFlags&isUp != isUp
-			if u.Link.Attrs().Name != p.where.dev || was == down {
-				continue
-			}
-			was = down
-			callOff()
-			if down {
-				p.unplugged(u.Link.Attrs().Index)
-				continue
-			}
-			var pctx context.Context
-			pctx, callOff = context.WithCancel(ctx)
-			go p.pluggedIn(pctx)
-		}
+	callOff := func() {} // of the proof under way
+	return watchLink(ctx, p.where.netns, p.where.dev, p.log, func(up bool, index int) {
 		callOff()
-	}()
-	return nil
+		if !up {
+			p.unplugged(index)
+			return
+		}
+		var pctx context.Context
+		pctx, callOff = context.WithCancel(ctx)
+		go p.pluggedIn(pctx)
+	})
 }
 
 func (p *primary) unplugged(index int) {

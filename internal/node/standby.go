@@ -157,6 +157,9 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		return fmt.Errorf("start heartbeat: %w", err)
 	}
 	s.detector = stream.NewDetector(cfg.Detect, detectEvery)
+	if err := watchLink(ctx, "", cfg.Dev, log, s.linked); err != nil {
+		return err
+	}
 	if err := s.lg.WatchBeats(ctx, s.heard); err != nil {
 		return fmt.Errorf("listen for the primary: %w", err)
 	}
@@ -402,28 +405,32 @@ func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	// Our own heartbeats take the same way: when they do not arrive either, it is
 	// the log's server that is silent, and nobody can tell about the primary.
 	suspect, silence := s.detector.Tick(now)
-	if s.cutOff || suspect {
-		s.mind(now)
-	}
 	if suspect && !s.cutOff && now.After(s.spare) && s.ownAt.After(s.heardAt.Add(s.cfg.Detect/2)) {
 		return fmt.Sprintf("no heartbeat of the primary for %v", silence.Round(time.Millisecond)), now.Add(-silence)
 	}
 	return "", now
 }
 
-// mind looks whether it is we who are cut off. To fence the primary then would
-// end a service that nobody else can give; once the link is back, the primary
-// gets time to be heard. The caller holds mu.
-func (s *standby) mind(now time.Time) {
-	was := s.cutOff
-	s.cutOff = !carrier(s.cfg.Dev)
-	switch {
-	case s.cutOff && !was:
-		s.log.Warn("the primary is not heard of, but the link here is down: waiting for it", "dev", s.cfg.Dev)
-	case was && !s.cutOff:
-		s.log.Info("the link is back", "dev", s.cfg.Dev)
-		s.spare = now.Add(spareTime)
+// linked takes note that the link here has failed or is back. While it is down
+// it is we who are cut off: to fence the primary then would end a service that
+// nobody else can give. Once it is back the primary gets time to be heard, since
+// its connections were waiting ever longer to try again.
+func (s *standby) linked(up bool, _ int) {
+	s.mu.Lock()
+	over := s.primary != nil // which watches the link itself
+	s.cutOff = !up
+	if up {
+		s.spare = time.Now().Add(spareTime)
 	}
+	s.mu.Unlock()
+	if over {
+		return
+	}
+	if up {
+		s.log.Info("the link is back", "dev", s.cfg.Dev)
+		return
+	}
+	s.log.Warn("the link here is down: the primary cannot be judged from here", "dev", s.cfg.Dev)
 }
 
 // usable reports whether the log leads from the generation here to the present.
