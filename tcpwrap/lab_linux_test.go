@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // deadline bounds every wait for something that must happen; quiet is how long
@@ -108,7 +110,7 @@ func (l *lab) install(t testing.TB, vip netip.Addr) Rules {
 func (l *lab) serve(t testing.TB, vip netip.Addr, handle func(*net.TCPConn)) {
 	t.Helper()
 	var ln *net.TCPListener
-	err := InNetNS(l.server, func() (err error) {
+	err := nsthread.InNamed(l.server, func() (err error) {
 		ln, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(vip, labPort)))
 		return err
 	})
@@ -144,7 +146,7 @@ func (l *lab) serve(t testing.TB, vip netip.Addr, handle func(*net.TCPConn)) {
 func echo(c *net.TCPConn) { _, _ = io.Copy(struct{ io.Writer }{c}, c) }
 
 func (l *lab) tryDial(vip netip.Addr) (c *net.TCPConn, err error) {
-	err = InNetNS(l.client, func() error {
+	err = nsthread.InNamed(l.client, func() error {
 		d := net.Dialer{Timeout: deadline}
 		x, err := d.Dial("tcp", netip.AddrPortFrom(vip, labPort).String())
 		if err == nil {

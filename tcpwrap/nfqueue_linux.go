@@ -10,11 +10,13 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // NFQueueOptions say which queue to open.
 type NFQueueOptions struct {
-	// NetNS is the network namespace of the service, as InNetNS takes it.
+	// NetNS is the network namespace of the service, as nsthread.InNamed takes it.
 	NetNS string
 	// Queue is the number that the Rules send packets to.
 	Queue uint16
@@ -86,7 +88,7 @@ func OpenNFQueue(o NFQueueOptions) (*NFQueue, error) {
 		o.MaxPackets = nfqDefaultMax
 	}
 	q := &NFQueue{fd: -1, queue: o.Queue, stats: -1, up: [2]int{-1, -1}, out: [2]int{-1, -1}}
-	if err := InNetNS(o.NetNS, func() error { return q.openSockets(o.Mark) }); err != nil {
+	if err := nsthread.InNamed(o.NetNS, func() error { return q.openSockets(o.Mark) }); err != nil {
 		_ = q.closeAll() // what went wrong is told below
 		return nil, fmt.Errorf("open nfqueue %d: %w", o.Queue, err)
 	}

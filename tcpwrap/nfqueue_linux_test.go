@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 func TestBothDirectionsAreCaught(t *testing.T) {
@@ -396,7 +398,7 @@ func TestCorruptSegmentIsMarked(t *testing.T) {
 	good := AppendSegment(nil, Build{Src: from, Dst: netip.AddrPortFrom(labServer4, labPort), Seq: 1, Flags: SYN})
 	bad := append([]byte(nil), good...)
 	bad[24]++ // sequence number
-	err := InNetNS(l.client, func() error {
+	err := nsthread.InNamed(l.client, func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW)
 		if err != nil {
 			return err

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // Rules are the netfilter rules that send a service's packets to its queue:
@@ -36,7 +38,7 @@ type Rules struct {
 	Dev   string // network device; "" means all but lo
 	Queue uint16
 	Mark  uint32 // as in NFQueueOptions
-	NetNS string // as InNetNS takes it
+	NetNS string // as nsthread.InNamed takes it
 }
 
 const (
@@ -115,7 +117,7 @@ func RemoveStale(netns, name string) error {
 	if err := checkName(name); err != nil {
 		return fmt.Errorf("remove rules: %w", err)
 	}
-	err := InNetNS(netns, func() error {
+	err := nsthread.InNamed(netns, func() error {
 		for _, v6 := range []bool{false, true} {
 			for _, t := range presentTools(v6) {
 				if err := t.swap(name, nil); err != nil {
@@ -133,7 +135,7 @@ func RemoveStale(netns, name string) error {
 
 // Installed lists the rules of name as iptables-save prints them.
 func Installed(netns, name string) (lines []string, err error) {
-	err = InNetNS(netns, func() error {
+	err = nsthread.InNamed(netns, func() error {
 		for _, v6 := range []bool{false, true} {
 			for _, t := range presentTools(v6) {
 				l, err := t.rules(name)
@@ -172,7 +174,7 @@ func (r Rules) lines(target, mark, dev string) []string {
 // replace makes lines the rules of r.Name with the first tool that can, and
 // then removes what another tool had put in place.
 func (r Rules) replace(lines []string) error {
-	return InNetNS(r.NetNS, func() error {
+	return nsthread.InNamed(r.NetNS, func() error {
 		var errs []error
 		for _, t := range tools(r.VIP.Is6()) {
 			if err := t.swap(r.Name, lines); err != nil {

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 func saved(t *testing.T, ns, tool string) []string {
@@ -107,7 +109,7 @@ func TestRulesOfTheOtherImplementation(t *testing.T) {
 		t.Run(string(tool), func(t *testing.T) {
 			l := newLab(t)
 			r := l.rules(labServer4)
-			err := InNetNS(l.server, func() error {
+			err := nsthread.InNamed(l.server, func() error {
 				return tool.swap("test", r.lines("-j NFQUEUE --queue-num 77", "", r.Dev))
 			})
 			if err != nil {

@@ -8,6 +8,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 )
 
 // TCPState is a socket's state (net/tcp_states.h).
@@ -111,7 +113,7 @@ func DestroySockets(netns string, vip netip.Addr, ports []uint16) (int, error) {
 
 func withDiag(netns string, fn func(fd int) error) error {
 	fd := -1
-	err := InNetNS(netns, func() (err error) {
+	err := nsthread.InNamed(netns, func() (err error) {
 		if fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG); err != nil {
 			return fmt.Errorf("open sock_diag socket: %w", err)
 		}

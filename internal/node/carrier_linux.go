@@ -10,8 +10,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/stream"
-	"github.com/ftckpt/ftckpt/tcpwrap"
 )
 
 // isUp are the flags of a link that is up and has a carrier.
@@ -23,7 +23,7 @@ const isUp = unix.IFF_UP | unix.IFF_LOWER_UP
 // one that is up is not.
 func watchLink(ctx context.Context, ns, dev string, log *slog.Logger, changed func(up bool, index int)) error {
 	updates := make(chan netlink.LinkUpdate, 16)
-	err := tcpwrap.InNetNS(ns, func() error {
+	err := nsthread.InNamed(ns, func() error {
 		return netlink.LinkSubscribeWithOptions(updates, ctx.Done(), netlink.LinkSubscribeOptions{
 			ListExisting: true,
 			ErrorCallback: func(err error) {
@@ -93,7 +93,7 @@ func (p *primary) pluggedIn(ctx context.Context) {
 
 // forgetNeighbours drops the packets that wait for an answer to "who has".
 func (p *primary) forgetNeighbours(index int) error {
-	return tcpwrap.InNetNS(p.where.netns, func() error {
+	return nsthread.InNamed(p.where.netns, func() error {
 		family := netlink.FAMILY_V4
 		if p.svc.VIP.Addr().Is6() {
 			family = netlink.FAMILY_V6

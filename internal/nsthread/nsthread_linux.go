@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -70,7 +72,7 @@ func InNet(ns *os.File, f func() error) error {
 		}
 		defer home.Close()
 		if e := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); e != nil {
-			err = fmt.Errorf("enter network namespace: %w", e)
+			err = fmt.Errorf("enter network namespace %s (needs CAP_SYS_ADMIN): %w", ns.Name(), e)
 			return
 		}
 		defer func() {
@@ -81,6 +83,25 @@ func InNet(ns *os.File, f func() error) error {
 		err = f()
 	}()
 	return <-done
+}
+
+// InNamed is InNet in the namespace ns: a path such as /proc/42/ns/net, a name
+// under /run/netns, or "" for the caller's own. Sockets that f opens and commands
+// that it starts are of that namespace for good. f must not start goroutines that
+// rely on it.
+func InNamed(ns string, f func() error) error {
+	if ns == "" {
+		return f()
+	}
+	if !strings.Contains(ns, "/") {
+		ns = filepath.Join("/run/netns", ns)
+	}
+	file, err := os.Open(ns)
+	if err != nil {
+		return fmt.Errorf("open network namespace: %w", err)
+	}
+	defer file.Close()
+	return InNet(file, f)
 }
 
 // LoopbackUp sets lo up in the calling thread's network namespace.

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
@@ -293,7 +294,7 @@ func TestRefusals(t *testing.T) {
 
 func (l *lab) listenWith(t *testing.T, lc *net.ListenConfig) {
 	t.Helper()
-	err := tcpwrap.InNetNS(l.new, func() error {
+	err := nsthread.InNamed(l.new, func() error {
 		ln, err := lc.Listen(context.Background(), "tcp4", netip.AddrPortFrom(l.vip, labPort).String())
 		if err == nil {
 			t.Cleanup(func() { ln.Close() })
@@ -345,7 +346,7 @@ func TestUnacknowledgedSYNACK(t *testing.T) {
 	local := netip.AddrPortFrom(l.caddr, 2000)
 	go func() {
 		var d dialled
-		d.err = tcpwrap.InNetNS(l.client, func() (err error) {
+		d.err = nsthread.InNamed(l.client, func() (err error) {
 			nd := net.Dialer{Timeout: deadline, LocalAddr: net.TCPAddrFromAddrPort(local)}
 			d.c, err = nd.Dial("tcp4", netip.AddrPortFrom(l.vip, labPort).String())
 			return err

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
@@ -119,7 +120,7 @@ func batch(t testing.TB, ns, lines string) {
 
 func sysctl(t testing.TB, ns, name, value string) {
 	t.Helper()
-	err := tcpwrap.InNetNS(ns, func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
+	err := nsthread.InNamed(ns, func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +129,7 @@ func sysctl(t testing.TB, ns, name, value string) {
 func readSysctl(t testing.TB, ns, name string) string {
 	t.Helper()
 	var b []byte
-	err := tcpwrap.InNetNS(ns, func() (err error) { b, err = os.ReadFile("/proc/sys/" + name); return err })
+	err := nsthread.InNamed(ns, func() (err error) { b, err = os.ReadFile("/proc/sys/" + name); return err })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +154,7 @@ func (l *lab) listen(t testing.TB, ns, network string, backlog int) *net.TCPList
 		addr.IP = l.vip.AsSlice()
 	}
 	var ln *net.TCPListener
-	err := tcpwrap.InNetNS(ns, func() error {
+	err := nsthread.InNamed(ns, func() error {
 		x, err := plainTCP().Listen(t.Context(), network, addr.String())
 		if err == nil {
 			ln = x.(*net.TCPListener)
@@ -263,7 +264,7 @@ type talker struct {
 func (l *lab) dial(t testing.TB) *talker {
 	t.Helper()
 	var c *net.TCPConn
-	err := tcpwrap.InNetNS(l.client, func() (err error) {
+	err := nsthread.InNamed(l.client, func() (err error) {
 		c, err = net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(netip.AddrPortFrom(l.vip, labPort)))
 		return err
 	})

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
@@ -52,7 +53,7 @@ type Recreator struct {
 }
 
 // Open loads the program and attaches it to lo of the network namespace netns,
-// named as for tcpwrap.InNetNS. lo must be up. TCP settings of the namespace
+// named as for nsthread.InNamed. lo must be up. TCP settings of the namespace
 // that the kernel insists on (tcp_syncookies here, others in Want) are changed
 // and put back by Close. It needs CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN; an
 // error that wraps ebpf.ErrNotSupported says that the kernel is too old.
@@ -68,7 +69,7 @@ func (r *Recreator) open(netns string) error {
 	if err := loadReqskObjects(&r.objs, nil); err != nil {
 		return fmt.Errorf("load BPF program (needs kernel 6.9 with BTF): %w", err)
 	}
-	return tcpwrap.InNetNS(netns, func() (err error) {
+	return nsthread.InNamed(netns, func() (err error) {
 		if r.ns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 			return fmt.Errorf("open network namespace: %w", err)
 		}
@@ -97,7 +98,7 @@ func (r *Recreator) open(netns string) error {
 
 // inside runs fn in the namespace, which may have lost its name since Open.
 func (r *Recreator) inside(fn func() error) error {
-	return tcpwrap.InNetNS(fmt.Sprintf("/proc/self/fd/%d", r.ns.Fd()), fn)
+	return nsthread.InNamed(fmt.Sprintf("/proc/self/fd/%d", r.ns.Fd()), fn)
 }
 
 // Want prepares for the connection's ACK. A connection is re-created once;

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
@@ -44,7 +45,7 @@ type serverClock struct {
 func newWire(t testing.TB, ns string) *wire {
 	t.Helper()
 	fd := -1
-	err := tcpwrap.InNetNS(ns, func() (err error) {
+	err := nsthread.InNamed(ns, func() (err error) {
 		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(unix.ETH_P_ALL>>8|unix.ETH_P_ALL&0xff<<8))
 		return err
 	})
