@@ -14,12 +14,12 @@ import (
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
 	"github.com/ftckpt/ftckpt/internal/ready"
+	"github.com/ftckpt/ftckpt/internal/roles"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
 
 const (
-	beatEvery = 20 * time.Millisecond
 	// standbySilence is how long a standby may be silent before it no longer
 	// counts as one.
 	standbySilence = time.Second
@@ -108,7 +108,7 @@ type generationAnswer struct {
 func (p *primary) run(ctx context.Context) error {
 	p.w.OnEnd(func(err error) { p.end(err) })
 	go p.insist(ctx, "start heartbeat", func() error {
-		return p.lg.StartBeacon(ctx, rolePrimary, p.node, beatEvery, p.beat)
+		return p.lg.StartBeacon(ctx, roles.Primary, p.node, roles.BeatEvery, p.beat)
 	})
 	go p.insist(ctx, "listen for standbys", func() error { return p.lg.WatchBeats(ctx, p.heard) })
 	wctx, unwatch := context.WithCancel(ctx)
@@ -125,7 +125,7 @@ func (p *primary) run(ctx context.Context) error {
 	case <-p.exited:
 		return p.serverGone()
 	case err := <-p.ended:
-		if errors.Is(err, stream.ErrFenced) {
+		if roles.AfterEnd(err) == roles.Leave {
 			return p.fenced()
 		}
 		// The south side has stopped; nothing of the service leaves. A standby
@@ -224,12 +224,13 @@ func (p *primary) part() error {
 	p.drv.with(func() { p.drv.machine.Append(stream.Goodbye{}) })
 	ctx, cancel := context.WithTimeout(context.Background(), partingTime)
 	defer cancel()
-	if err := p.w.Drain(ctx); err != nil {
-		if errors.Is(err, stream.ErrFenced) {
-			return p.fenced()
-		}
+	derr := p.w.Drain(ctx)
+	switch roles.AfterGoodbye(derr) {
+	case roles.Leave:
+		return p.fenced()
+	case roles.Close:
 		// Without the log nobody can tell whether a standby has taken over.
-		return p.failClosed(fmt.Errorf("end protection: the log does not answer, and a standby may have taken over: %w", err))
+		return p.failClosed(fmt.Errorf("end protection: the log does not answer, and a standby may have taken over: %w", derr))
 	}
 	p.drv.with(func() { p.drv.machine.Detach() })
 	err := p.rules.Remove()

@@ -16,6 +16,7 @@ import (
 	"github.com/ftckpt/ftckpt/internal/config"
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/roles"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
@@ -305,7 +306,7 @@ func alive(ctx context.Context, lg *stream.Log, node string) (bool, error) {
 	defer cancel()
 	heard := make(chan struct{}, 1)
 	err := lg.WatchBeats(ctx, func(b stream.Beat) {
-		if b.Role == rolePrimary && b.Node == node {
+		if b.Role == roles.Primary && b.Node == node {
 			notify(heard)
 		}
 	})

@@ -17,6 +17,7 @@ import (
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
 	"github.com/ftckpt/ftckpt/internal/ready"
+	"github.com/ftckpt/ftckpt/internal/roles"
 	"github.com/ftckpt/ftckpt/replay"
 	"github.com/ftckpt/ftckpt/replay/capsule"
 	"github.com/ftckpt/ftckpt/replay/reqsk"
@@ -24,20 +25,7 @@ import (
 )
 
 const (
-	rolePrimary = "primary"
-	roleStandby = "standby"
-
-	detectEvery      = 5 * time.Millisecond
-	standbyBeatEvery = 2 * beatEvery
-	// logAway is the silence after which one's own heartbeat shows that the log's
-	// server was away, and spareTime what a primary gets to find it again.
-	logAway = 5 * standbyBeatEvery
-	// longAway is a silence that no load explains. A shorter one spares the primary
-	// only once: on a loaded host they come one after the other, and a dead
-	// primary would be spared for ever.
-	longAway = 2 * time.Second
-	// A connection attempt that the outage swallowed takes a second to fail.
-	spareTime = 3 * time.Second
+	detectEvery = 5 * time.Millisecond
 	// reopenAfter paces a log that cannot be read.
 	reopenAfter = 500 * time.Millisecond
 )
@@ -67,14 +55,8 @@ type standby struct {
 	anew     stream.Position // where the newest server began that no earlier generation leads to
 	before   local           // the one before it
 	fetchErr error
-	detector *stream.Detector
-	watching string // node the detector listens to
-	heardAt  time.Time
-	ownAt    time.Time // when our own heartbeat last came back from the log's server
-	spare    time.Time // until then nobody is suspected: the log's server was away, or the primary is new
-	hiccup   bool      // it was away for a moment since the primary was last heard of
-	cutOff   bool      // the link here is down
-	primary  *primary  // after the takeover
+	judge    *roles.Judge
+	primary  *primary // after the takeover
 	taking   bool
 
 	news   chan struct{} // a new generation is in the log
@@ -109,6 +91,7 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 	if s.node, err = nodeID(cfg.StateDir); err != nil {
 		return exitcode.Wrap(exitcode.Failed, err)
 	}
+	s.judge = roles.NewJudge(s.node, cfg.Detect, detectEvery)
 	ctl, err := control.Listen(cfg.RunDir, cfg.Name, log)
 	if err != nil {
 		return err
@@ -153,10 +136,9 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 	}
 	s.openRecreator()
 	defer s.closeRecreator()
-	if err := s.lg.StartBeacon(ctx, roleStandby, s.node, standbyBeatEvery, s.beat); err != nil {
+	if err := s.lg.StartBeacon(ctx, roles.Standby, s.node, roles.StandbyBeatEvery, s.beat); err != nil {
 		return fmt.Errorf("start heartbeat: %w", err)
 	}
-	s.detector = stream.NewDetector(cfg.Detect, detectEvery)
 	if err := watchLink(ctx, "", cfg.Dev, log, s.linked); err != nil {
 		return err
 	}
@@ -241,9 +223,10 @@ func (s *standby) followFrom(ctx context.Context, from stream.StreamSeq) error {
 
 func (s *standby) apply(e stream.Entry) {
 	s.mu.Lock()
-	s.ledger.Apply(time.Now(), e)
-	if e.Fence != nil && s.watching != "" { // its first heartbeat is still to come
-		s.spare = time.Now().Add(spareTime)
+	now := time.Now()
+	s.ledger.Apply(now, e)
+	if e.Fence != nil {
+		s.judge.Fence(e.Fence.Node, now)
 	}
 	switch r := e.Rec.(type) {
 	case stream.Hello:
@@ -340,22 +323,8 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 func (s *standby) heard(b stream.Beat) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.primary != nil {
-		return
-	}
-	if b.Role == rolePrimary && b.Node == s.ledger.Fence.Node {
-		if s.watching != b.Node {
-			s.watching = b.Node
-			s.detector = stream.NewDetector(s.cfg.Detect, detectEvery)
-		}
-		s.detector.Observe(b.At)
-		s.heardAt, s.hiccup = b.At, false
-	}
-	if b.Role == roleStandby && b.Node == s.node {
-		if gap := b.At.Sub(s.ownAt); gap > longAway || gap > logAway && !s.hiccup {
-			s.spare, s.hiccup = b.At.Add(spareTime), true
-		}
-		s.ownAt = b.At
+	if s.primary == nil {
+		s.judge.Beat(b.Role, b.Node, b.At)
 	}
 }
 
@@ -393,35 +362,16 @@ func (s *standby) watch(ctx context.Context) error {
 func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.usable() || s.ledger.Released || s.ledger.Fence.Epoch == 0 {
-		return "", now
-	}
-	if s.ledger.Exited {
-		return "the server process has died", now
-	}
-	if now.Before(s.spare) && s.watching != "" {
-		s.detector.Observe(now)
-	}
-	// Our own heartbeats take the same way: when they do not arrive either, it is
-	// the log's server that is silent, and nobody can tell about the primary.
-	suspect, silence := s.detector.Tick(now)
-	if suspect && !s.cutOff && now.After(s.spare) && s.ownAt.After(s.heardAt.Add(s.cfg.Detect/2)) {
-		return fmt.Sprintf("no heartbeat of the primary for %v", silence.Round(time.Millisecond)), now.Add(-silence)
-	}
-	return "", now
+	return s.judge.Reason(now, roles.Situation{
+		Epoch: s.ledger.Fence.Epoch, Usable: s.usable(), Released: s.ledger.Released, Exited: s.ledger.Exited,
+	})
 }
 
-// linked takes note that the link here has failed or is back. While it is down
-// it is we who are cut off: to fence the primary then would end a service that
-// nobody else can give. Once it is back the primary gets time to be heard, since
-// its connections were waiting ever longer to try again.
+// linked takes note that the link here has failed or is back.
 func (s *standby) linked(up bool, _ int) {
 	s.mu.Lock()
 	over := s.primary != nil // which watches the link itself
-	s.cutOff = !up
-	if up {
-		s.spare = time.Now().Add(spareTime)
-	}
+	s.judge.Link(up, time.Now())
 	s.mu.Unlock()
 	if over {
 		return

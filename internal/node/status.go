@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/roles"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
@@ -34,7 +35,7 @@ func (p *primary) beat() []byte {
 
 // heard is called for every heartbeat.
 func (p *primary) heard(b stream.Beat) {
-	if b.Role != roleStandby || b.Node == p.node {
+	if b.Role != roles.Standby || b.Node == p.node {
 		return
 	}
 	var sb standbyBeat
@@ -183,7 +184,7 @@ func (s *standby) Status() control.Status {
 	if s.srv != nil && s.srv.Space().Low {
 		st.Log.State = control.LogLowSpace
 	}
-	beating := !s.heardAt.IsZero() && time.Since(s.heardAt) < standbySilence
+	beating := time.Since(s.judge.HeardAt()) < standbySilence
 	switch {
 	case s.ledger.Fence.Epoch == 0:
 		st.Reason = "no primary yet"
