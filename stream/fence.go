@@ -91,8 +91,8 @@ func (l *Log) acquire(ctx context.Context, node string, prev *StreamSeq) (*Write
 	if err := checkName("node", node, maxNodeName); err != nil {
 		return nil, fmt.Errorf("acquire log: %w", err)
 	}
-	a := attempt{l: l, node: node, prev: prev}
-	if _, err := rand.Read(a.nonce[:]); err != nil {
+	a := attempt{l: l, claim: claim{node: node, prev: prev}}
+	if _, err := rand.Read(a.claim.nonce[:]); err != nil {
 		return nil, fmt.Errorf("acquire log: %w", err)
 	}
 	defer func() { a.conn.close() }()
@@ -128,15 +128,11 @@ func (l *Log) acquire(ctx context.Context, node string, prev *StreamSeq) (*Write
 // errRace is a fence that was refused because something else came first.
 var errRace = errors.New("append fence: race lost")
 
-// attempt is one node's try to become primary, over as many connections as it
-// takes. Its nonce tells it whether a publish without an answer was stored.
+// attempt carries a claim out, over as many connections as it takes.
 type attempt struct {
 	l     *Log
-	node  string
-	prev  *StreamSeq
-	nonce [16]byte
+	claim claim
 	conn  *conn
-	mine  Fence // once stored
 }
 
 func (a *attempt) once(ctx context.Context) (*Writer, error) {
@@ -155,13 +151,12 @@ func (a *attempt) once(ctx context.Context) (*Writer, error) {
 	if err != nil && !errors.Is(err, ErrMissing) {
 		return nil, err
 	}
-	switch {
-	case cur.Nonce == a.nonce && cur.Seq != 0:
-		a.mine = cur
-	case a.mine.Seq != 0 && cur.Seq > a.mine.Seq || a.prev != nil && cur.Seq != *a.prev:
-		return nil, fmt.Errorf("%w: %s was faster (epoch %d)", ErrFenced, cur.Node, cur.Epoch)
-	default:
-		if err := a.publish(ctx, cur); err != nil {
+	step, f, err := a.claim.newest(cur, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	if step == claimPublish {
+		if err := a.publish(ctx, f); err != nil {
 			return nil, err
 		}
 	}
@@ -171,18 +166,17 @@ func (a *attempt) once(ctx context.Context) (*Writer, error) {
 	}
 	c := a.conn
 	a.conn = nil
-	return newWriter(l, c, a.mine, stable, newest), nil
+	return newWriter(l, c, a.claim.mine, stable, newest), nil
 }
 
-func (a *attempt) publish(ctx context.Context, cur Fence) error {
+func (a *attempt) publish(ctx context.Context, f Fence) error {
 	l := a.l
-	f := Fence{Epoch: cur.Epoch + 1, Node: a.node, At: time.Now(), Prev: cur.Seq, Nonce: a.nonce}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
 	m, err := a.conn.nc.RequestMsgWithContext(ctx, &nats.Msg{
 		Subject: l.names.fence,
 		Data:    encodeFence(f),
-		Header:  nats.Header{hdrSubjLastSeq: {strconv.FormatUint(uint64(cur.Seq), 10)}},
+		Header:  nats.Header{hdrSubjLastSeq: {strconv.FormatUint(uint64(f.Prev), 10)}},
 	})
 	if err != nil {
 		return fmt.Errorf("append fence: %w", classify(err))
@@ -201,43 +195,42 @@ func (a *attempt) publish(ctx context.Context, cur Fence) error {
 		return fmt.Errorf("append fence: %w", err)
 	}
 	f.Seq = seq
-	a.mine = f
+	a.claim.mine = f
 	return nil
 }
 
-// tail finds the last position before our fence, and the batch that holds it,
-// stepping back message by message: over fences, each of which names the one
-// before it, and over what a fenced primary may have left, to the newest batch
-// that counts. A message that is not there where one must be means that the
-// server lags behind its cluster; a wrong first position would be worse than a
-// second try.
+// tail finds the last position before our fence, and the batch that holds it. A
+// message that is not there where one must be means that the server lags behind
+// its cluster; a wrong first position would be worse than a second try.
 func (a *attempt) tail(ctx context.Context) (Position, StreamSeq, error) {
-	l, f := a.l, a.mine
-	for seq := f.Seq - 1; seq > 0; seq-- {
-		if seq == f.Prev {
-			prev, err := l.fenceAt(ctx, a.conn, seq)
+	l := a.l
+	t := tailOf(a.claim.mine)
+	for t.seq > 0 {
+		if t.fence() {
+			prev, err := l.fenceAt(ctx, a.conn, t.seq)
 			if err != nil {
 				return 0, 0, lagging(err)
 			}
-			f = prev
+			t.tookFence(prev)
 			continue
 		}
-		m, err := a.conn.getMsg(ctx, l.names.logStream, map[string]any{"seq": seq})
+		m, err := a.conn.getMsg(ctx, l.names.logStream, map[string]any{"seq": t.seq})
 		if err != nil {
-			return 0, 0, lagging(fmt.Errorf("read newest batch %d: %w", seq, err))
+			return 0, 0, lagging(fmt.Errorf("read newest batch %d: %w", t.seq, err))
 		}
 		if m.Subject != l.names.data {
-			return 0, 0, fmt.Errorf("read newest batch %d: %w log: a message of %s is there", seq, ErrCorrupt, m.Subject)
+			return 0, 0, fmt.Errorf("read newest batch %d: %w log: a message of %s is there", t.seq, ErrCorrupt, m.Subject)
 		}
 		h, err := decodeHeader(m.Data)
 		if err != nil {
-			return 0, 0, fmt.Errorf("read newest batch %d: %w", seq, err)
+			return 0, 0, fmt.Errorf("read newest batch %d: %w", t.seq, err)
 		}
-		switch inForce := f.Epoch - 1; {
-		case h.epoch == inForce:
-			return h.first + Position(h.count) - 1, seq, nil
-		case h.epoch > inForce:
-			return 0, 0, fmt.Errorf("read newest batch %d: %w log: epoch %d before the fence of %d", seq, ErrCorrupt, h.epoch, f.Epoch)
+		last, found, err := t.tookBatch(h)
+		if err != nil {
+			return 0, 0, fmt.Errorf("read newest batch %d: %w", t.seq, err)
+		}
+		if found {
+			return last, t.seq, nil
 		}
 	}
 	return 0, 0, nil

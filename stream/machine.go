@@ -124,6 +124,16 @@ const (
 	foundOther         // anything else
 )
 
+// look says what a message is.
+func look(ofData bool, data []byte) (found, header) {
+	if ofData {
+		if h, err := decodeHeader(data); err == nil {
+			return foundBatch, h
+		}
+	}
+	return foundOther, header{}
+}
+
 // newMachine begins behind the fence, on a connection that is good.
 // stable is the last position of the epochs before, newest its batch.
 func newMachine(f Fence, stable Position, newest StreamSeq, ackTimeout time.Duration, maxBacklog int, now time.Time) *machine {

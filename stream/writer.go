@@ -59,7 +59,7 @@ func newWriter(l *Log, c *conn, f Fence, stable Position, newest StreamSeq) *Wri
 		conn: c,
 		header: nats.Header{
 			hdrLastSeq:     {""},
-			hdrSubjLastSeq: {strconv.FormatUint(uint64(f.Seq), 10)},
+			hdrSubjLastSeq: {""},
 			hdrSubj:        {l.names.fence},
 		},
 		timer: time.NewTimer(time.Hour),
@@ -328,7 +328,9 @@ func (w *Writer) publish(b *batch) {
 		w.fail(fmt.Errorf("%w: no connection", ErrUnreachable))
 		return
 	}
-	w.header[hdrLastSeq][0] = strconv.FormatUint(uint64(b.exp), 10)
+	only := b.conditions(w.fence)
+	w.header[hdrLastSeq][0] = strconv.FormatUint(uint64(only.lastSeq), 10)
+	w.header[hdrSubjLastSeq][0] = strconv.FormatUint(uint64(only.lastFence), 10)
 	err := w.conn.nc.PublishMsg(&nats.Msg{
 		Subject: w.log.names.data,
 		Reply:   w.conn.inbox + strconv.FormatUint(b.num, 10),
@@ -376,12 +378,7 @@ func (w *Writer) readSeq(ctx context.Context, seq StreamSeq) {
 	}
 	what, h := foundNothing, header{}
 	if err == nil {
-		what = foundOther
-		if msg.Subject == w.log.names.data {
-			if h, err = decodeHeader(msg.Data); err == nil {
-				what = foundBatch
-			}
-		}
+		what, h = look(msg.Subject == w.log.names.data, msg.Data)
 	}
 	w.event(func(m *machine, now time.Time) { m.seqRead(now, what, h.epoch, h.number) })
 }
