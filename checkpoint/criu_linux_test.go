@@ -269,7 +269,7 @@ func TestPatchedImageRestores(t *testing.T) {
 			}
 			const jump = 1 << 20 // about 17 minutes
 			ts := before.Timestamp + jump
-			if err := checkpoint.PatchSockets(dir, map[uint32]checkpoint.SocketPatch{before.Inode: {Timestamp: &ts}}); err != nil {
+			if err := checkpoint.PatchSockets(dir, []checkpoint.Socket{before}, map[uint32]checkpoint.SocketPatch{before.Inode: {Timestamp: &ts}}); err != nil {
 				t.Fatal(err)
 			}
 			patched := connection(t, dir)
@@ -318,7 +318,7 @@ func TestPatchRefusesAnUnknownSocket(t *testing.T) {
 	if _, err := c.Dump(t.Context(), checkpoint.DumpRequest{PID: target(t, s), Dir: dir}); err != nil {
 		t.Fatalf("%+v", err)
 	}
-	if err := checkpoint.PatchSockets(dir, map[uint32]checkpoint.SocketPatch{4711: {}}); err == nil {
+	if err := checkpoint.PatchSockets(dir, nil, map[uint32]checkpoint.SocketPatch{4711: {}}); err == nil {
 		t.Error("a socket that is not in the image was patched")
 	}
 }

@@ -19,24 +19,20 @@ type SocketPatch struct {
 	Timestamp *uint32
 }
 
-// PatchSockets rewrites the connections of the image in dir for a restore. The
-// keys are Socket.Inode; one that the image does not have is an error. Whether
-// named in patches or not, a connection without window scaling gets a scale of
-// 0/0: without that, the restored kernel shifts its windows by a scale of its
-// own choice and the connection sticks. PatchSockets may be called again.
-func PatchSockets(dir string, patches map[uint32]SocketPatch) error {
-	socks, err := ReadSockets(dir)
-	if err != nil {
-		return err
-	}
+// PatchSockets rewrites the connections of the image in dir for a restore. socks
+// are those that ReadSockets found in it; the keys of patches are Socket.Inode,
+// and one that is not among socks is an error. Whether named in patches or not,
+// a connection without window scaling gets a scale of 0/0: without that, the
+// restored kernel shifts its windows by a scale of its own choice and the
+// connection sticks. PatchSockets may be called again. Nothing else may use the
+// image meanwhile, and after an error it is of no use.
+func PatchSockets(dir string, socks []Socket, patches map[uint32]SocketPatch) error {
+	streams := make([]uint32, 0, len(socks))
 	have := make(map[uint32]bool, len(socks))
-	for _, s := range socks {
-		if !s.Stream {
-			continue
-		}
-		have[s.Inode] = true
-		if err := patchStream(dir, s.Inode, patches[s.Inode]); err != nil {
-			return err
+	for i := range socks {
+		if socks[i].Stream {
+			streams = append(streams, socks[i].Inode)
+			have[socks[i].Inode] = true
 		}
 	}
 	for inode := range patches {
@@ -44,7 +40,7 @@ func PatchSockets(dir string, patches map[uint32]SocketPatch) error {
 			return fmt.Errorf("patch socket %#x: not a connection of this image", inode)
 		}
 	}
-	return nil
+	return inParallel(len(streams), func(i int) error { return patchStream(dir, streams[i], patches[streams[i]]) })
 }
 
 func patchStream(dir string, inode uint32, p SocketPatch) error {
@@ -72,7 +68,7 @@ func patchStream(dir string, inode uint32, p SocketPatch) error {
 	out = binary.LittleEndian.AppendUint32(out, uint32(len(msg)))
 	out = append(out, msg...)
 	out = append(out, b[end:]...)
-	return replaceFile(filepath.Join(dir, name), out)
+	return overwriteFile(filepath.Join(dir, name), out)
 }
 
 // applyPatch reports whether it changed t.
@@ -90,9 +86,25 @@ func applyPatch(t *tcpstream.TcpStreamEntry, p SocketPatch) bool {
 	return changed
 }
 
-// replaceFile writes a file beside path and renames it, so that a hard link of
-// the old one (a generation shares files with the one before) is left alone and
-// nobody sees half of it.
+// overwriteFile writes a file in place: with one file for each connection, making
+// a new one is half of what a patch takes.
+func overwriteFile(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_TRUNC, 0)
+	if err != nil {
+		return fmt.Errorf("write image: %w", err)
+	}
+	_, err = f.Write(b)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("write image: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes a file beside path and renames it, so that nobody sees half
+// of it.
 func replaceFile(path string, b []byte) error {
 	tmp := path + ".tmp"
 	if err := os.WriteFile(tmp, b, 0o600); err != nil {

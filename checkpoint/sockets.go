@@ -108,10 +108,11 @@ func ReadSockets(dir string) ([]Socket, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read files.img: socket %#x: %w", sk.GetIno(), err)
 		}
-		if err := readStream(dir, &s); err != nil {
-			return nil, err
-		}
 		socks = append(socks, s)
+	}
+	// A file for each connection, read while clients wait.
+	if err := inParallel(len(socks), func(i int) error { return readStream(dir, &socks[i]) }); err != nil {
+		return nil, err
 	}
 	return socks, nil
 }

@@ -106,9 +106,7 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 			l.edge = seqnum.Max(l.edge, n.State.ClientEdge)
 			l.heardTS(n.State.ClientTS)
 		}
-		e.lines = append(e.lines, l)
-		e.conns[l.cut.Tuple] = l
-		e.byID[l.cut.Conn] = l
+		e.add(l)
 		taken[l.cut.Conn] = true
 	}
 	return taken
@@ -125,6 +123,7 @@ func (e *Engine) opened(id stream.ConnID) {
 		return
 	}
 	l.openQueued = true
+	e.touch(l)
 	l.todo = append(l.todo, event{kind: evOpen, seq: l.injNxt})
 	e.order = append(e.order, l)
 }
@@ -132,7 +131,8 @@ func (e *Engine) opened(id stream.ConnID) {
 // bear has the connection re-created.
 func (e *Engine) bear(l *line) {
 	l.born = true
-	e.births++
+	e.touch(l)
+	e.born++
 	b := *l.birth
 	b.ClientTS, b.Edge = l.clientTS, l.edge
 	e.Births = append(e.Births, b)

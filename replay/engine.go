@@ -2,6 +2,7 @@ package replay
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
@@ -67,14 +68,18 @@ type Engine struct {
 	conns  map[stream.FourTuple]*line
 	byID   map[stream.ConnID]*line
 	order  []*line // whose turn it is: one entry for each queued event
+	unsure []*line // what Tick and Done have to look at: all that are not settled
+	swept  bool    // no line was dropped since the last sweep
 	doomed []Condemned
 	behind []*line // lagging: no longer hold the others up
 	queued int
 	begun  bool // the restored TCP is there
 	busy   bool // the restored server is at work
-	births int  // connections made since it was last idle
-	fed    bool
-	live   bool
+	born   int  // connections made
+	// settledIn of them were made before it was last idle: it has accepted those.
+	settledIn int
+	fed       bool
+	live      bool
 
 	headSince time.Time
 	headTries int
@@ -161,6 +166,7 @@ type line struct {
 	ended      bool // it is over: all its output is swallowed
 
 	lagging bool // no longer holds the others up
+	unsure  bool // in Engine.unsure
 	gone    bool // dropped
 	moved   time.Time
 	grew    time.Time // when it last made progress, probes apart
@@ -188,11 +194,33 @@ func NewEngine(survivors []Survivor) *Engine {
 			l.edge = seqnum.Max(l.edge, s.State.ClientEdge)
 			l.heardTS(s.State.ClientTS)
 		}
-		e.lines = append(e.lines, l)
-		e.conns[c.Tuple] = l
-		e.byID[c.Conn] = l
+		e.add(l)
 	}
 	return e
+}
+
+func (e *Engine) add(l *line) {
+	e.lines = append(e.lines, l)
+	e.conns[l.cut.Tuple] = l
+	e.byID[l.cut.Conn] = l
+	e.touch(l)
+}
+
+// touch has Tick look at a line again: something about it has changed. There may
+// be thousands to which nothing happens, and Tick comes every millisecond.
+func (e *Engine) touch(l *line) {
+	if !l.unsure {
+		l.unsure = true
+		e.unsure = append(e.unsure, l)
+	}
+}
+
+// settle forgets the lines to which nothing can happen before they are touched.
+func (e *Engine) settle() {
+	e.unsure = slices.DeleteFunc(e.unsure, func(l *line) bool {
+		l.unsure = !l.gone && !l.settled()
+		return !l.unsure
+	})
 }
 
 // Start tells every restored TCP what its client has acknowledged and offers.
@@ -237,6 +265,7 @@ func (e *Engine) queue(id stream.ConnID, ev event) {
 			return
 		}
 		if l.logged.Less(ev.seq) { // what comes now must not take the place of what is missing
+			e.touch(l)
 			l.gap = fmt.Sprintf("the log lacks %d octets from %d on", l.logged.To(ev.seq), l.logged)
 			return
 		}
@@ -249,6 +278,7 @@ func (e *Engine) queue(id stream.ConnID, ev event) {
 	}
 	l.todo = append(l.todo, ev)
 	e.queued += len(ev.data)
+	e.touch(l)
 	if !l.lagging {
 		e.order = append(e.order, l)
 	}
@@ -257,13 +287,17 @@ func (e *Engine) queue(id stream.ConnID, ev event) {
 // Busy tells the engine whether the restored server is at work or waits for
 // something to happen. While it is at work nothing stands still, however long it
 // takes on a loaded host, and a connection whose window is shut is waited for:
-// letting others overtake it is for when nothing else helps.
-func (e *Engine) Busy(yes bool) {
+// letting others overtake it is for when nothing else helps. born is what Born
+// answered before the server was looked at.
+func (e *Engine) Busy(yes bool, born int) {
 	e.busy = yes
 	if !yes {
-		e.births = 0
+		e.settledIn = born
 	}
 }
+
+// Born is how many connections were made so far.
+func (e *Engine) Born() int { return e.born }
 
 // Full says that enough waits to be injected; feed on when it no longer is.
 func (e *Engine) Full() bool { return e.queued > maxQueued }
@@ -337,6 +371,7 @@ func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segme
 // restored server has not made again yet is believed: the client cannot have
 // it from anyone but the old primary.
 func (e *Engine) heard(l *line, s *tcpwrap.Segment) {
+	e.touch(l)
 	moved := l.ack.Less(s.Ack)
 	l.ack = seqnum.Max(l.ack, s.Ack)
 	l.edge = seqnum.Max(l.edge, s.Ack.Add(seqnum.Size(s.Window)<<l.cut.SndWScale))
@@ -357,6 +392,7 @@ func (l *line) heardTS(v uint32) {
 }
 
 func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpwrap.Segment) (judged bool) {
+	e.touch(l)
 	if s.Options.HasTS {
 		l.kTS = s.Options.TSVal
 	}

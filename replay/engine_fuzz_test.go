@@ -100,7 +100,7 @@ func FuzzEngine(f *testing.F) {
 			case 7:
 				e.Fed(now)
 			case 8, 9:
-				e.Busy(octet()&7 == 1)
+				e.Busy(octet()&7 == 1, e.Born())
 				e.Tick(now)
 			case 10:
 				e.Condemn()

@@ -78,17 +78,22 @@ func (e *Engine) drop(l *line) {
 		e.Ready.Decide(id, tcpwrap.Drop)
 	}
 	l.kept = nil
-	l.gone = true
+	l.gone, e.swept = true, false
 	delete(e.conns, l.cut.Tuple)
 	delete(e.byID, l.cut.Conn)
 }
 
 // sweep takes the connections that were dropped out of every queue.
 func (e *Engine) sweep() {
+	if e.swept {
+		return
+	}
+	e.swept = true
 	gone := func(l *line) bool { return l.gone }
 	e.lines = slices.DeleteFunc(e.lines, gone)
 	e.order = slices.DeleteFunc(e.order, gone)
 	e.behind = slices.DeleteFunc(e.behind, gone)
+	e.unsure = slices.DeleteFunc(e.unsure, gone)
 }
 
 // GoLive ends the roll-forward: what was kept for the clients leaves, and each

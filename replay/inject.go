@@ -34,7 +34,7 @@ func (e *Engine) inject(l *line) bool {
 	ev := &l.todo[0]
 	switch ev.kind {
 	case evOpen:
-		if e.births >= maxBirths {
+		if e.born-e.settledIn >= maxBirths {
 			return false
 		}
 		e.bear(l)
@@ -148,7 +148,7 @@ func (e *Engine) resend(l *line) {
 
 // Tick sees to connections that do not move. Call it every few milliseconds.
 func (e *Engine) Tick(now time.Time) {
-	for _, l := range e.lines {
+	for _, l := range e.unsure {
 		if l.gap != "" && !l.gone { // nothing can mend that, and nobody should wait for it
 			e.doom(l, l.gap)
 		}
@@ -170,7 +170,7 @@ func (e *Engine) Tick(now time.Time) {
 		}
 	}
 	e.pump(now)
-	for _, l := range e.lines {
+	for _, l := range e.unsure {
 		if e.live && l.unborn() && now.Sub(l.grew) >= handshakeTime {
 			e.drop(l) // its client has given up, or never knew it
 			continue
@@ -190,6 +190,7 @@ func (e *Engine) Tick(now time.Time) {
 			e.acknowledge(l) // it may wait for an acknowledgement that was lost
 		}
 	}
+	e.settle()
 	e.sweep()
 }
 
@@ -197,6 +198,7 @@ func (e *Engine) Tick(now time.Time) {
 func (e *Engine) lag(l *line) {
 	if !l.lagging {
 		l.lagging = true
+		e.touch(l)
 		e.behind = append(e.behind, l)
 	}
 }
@@ -233,13 +235,19 @@ func (l *line) caughtUp() bool {
 	return l.gap == "" && !l.reset && len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.ack.LessEq(l.kNxt)
 }
 
+// settled reports whether nothing is left to do for a connection, now and as
+// time passes, until something is heard of it.
+func (l *line) settled() bool {
+	return !l.lagging && l.gap == "" && !l.unborn() && l.caughtUp() && len(l.sent) == 0 && len(l.todo) == 0 && l.ack.LessEq(l.kNxt)
+}
+
 // Done reports whether every connection that does not lag has caught up with
 // the log and its client.
 func (e *Engine) Done() bool {
 	if !e.fed || len(e.order) > 0 {
 		return false
 	}
-	for _, l := range e.lines {
+	for _, l := range e.unsure {
 		if !l.caughtUp() && (!l.lagging || l.gap != "") {
 			return false
 		}

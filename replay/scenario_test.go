@@ -66,7 +66,7 @@ func (p *enginePlay) do(d *scenario.Directive) string {
 	case "tick":
 		p.e.Tick(p.now)
 	case "busy":
-		p.e.Busy(d.Word(0) == "yes")
+		p.e.Busy(d.Word(0) == "yes", p.e.Born())
 	case "done":
 		return fmt.Sprint("done: ", p.e.Done())
 	case "condemn":

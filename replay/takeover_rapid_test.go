@@ -50,7 +50,7 @@ func (w *world) step() {
 // tick is what the node does every few milliseconds.
 func (w *world) tick() {
 	if w.engine != nil && !w.frozen {
-		w.engine.Busy(w.chance(4))
+		w.engine.Busy(w.chance(4), w.engine.Born())
 		w.engine.Tick(w.now)
 		w.carryOut()
 		if w.machine != nil {

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"syscall"
 	"time"
 
@@ -31,11 +32,16 @@ type plan struct {
 	PauseMB     []int         // resident sizes of the server
 	Generations int           // at each size
 	Takeovers   int           // of each fault
+	Growth      []int         // numbers of connections
+	GrowthRuns  int           // with each of them
 }
 
+// crowds are the numbers of connections whose takeovers are compared.
+var crowds = []int{10, 100, 1000, 5000}
+
 var (
-	fullPlan  = plan{Pairs: 7, Slice: 2 * time.Second, PauseMB: []int{10, 500}, Generations: 7, Takeovers: 5}
-	quickPlan = plan{Pairs: 5, Slice: 600 * time.Millisecond, PauseMB: []int{10, 500}, Generations: 3, Takeovers: 2}
+	fullPlan  = plan{Pairs: 7, Slice: 2 * time.Second, PauseMB: []int{10, 500}, Generations: 7, Takeovers: 5, Growth: crowds, GrowthRuns: 3}
+	quickPlan = plan{Pairs: 5, Slice: 600 * time.Millisecond, PauseMB: []int{10, 500}, Generations: 3, Takeovers: 2, Growth: crowds, GrowthRuns: 1}
 )
 
 type options struct {
@@ -43,7 +49,7 @@ type options struct {
 	ftckpt string
 	out    string
 	logAt  string         // "standby" or "log"
-	only   string         // "load", "pause", "takeover" or all of them
+	only   string         // "load", "pause", "takeover", "growth" or all but the last
 	match  *regexp.Regexp // of the workloads' names
 	say    io.Writer
 }
@@ -59,7 +65,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	fs.StringVar(&o.ftckpt, "ftckpt", "bin/ftckpt", "the program to measure, `FILE`")
 	fs.StringVar(&o.out, "out", "out/bench.json", "write the results to `FILE` too")
 	fs.StringVar(&o.logAt, "log-at", "standby", "keep the log on the `standby|log` host")
-	fs.StringVar(&o.only, "only", "", "measure `load|pause|takeover` alone")
+	fs.StringVar(&o.only, "only", "", "measure `load|pause|takeover|growth` alone; growth only so")
+	crowd := fs.Int("connections", 0, "of the growth, `N` connections alone (default 10, 100, 1000 and 5000)")
 	match := fs.String("match", "", "of the load, only workloads whose name matches `REGEXP`")
 	quick := fs.Bool("quick", false, "a run of two minutes (also BENCH_QUICK=1)")
 	fs.IntVar(&o.Pairs, "pairs", 0, "`N` pairs of measurements (default by the plan)")
@@ -77,6 +84,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	if *mb > 0 {
 		full.PauseMB = []int{*mb}
 	}
+	if *crowd > 0 {
+		full.Growth = []int{*crowd}
+	}
 	if o.Slice > 0 {
 		full.Slice = o.Slice
 	}
@@ -86,8 +96,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		return o, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	case o.logAt != "standby" && o.logAt != "log":
 		return o, fmt.Errorf("-log-at %q: want standby or log", o.logAt)
-	case o.only != "" && o.only != "load" && o.only != "pause" && o.only != "takeover":
-		return o, fmt.Errorf("-only %q: want load, pause or takeover", o.only)
+	case !slices.Contains([]string{"", "load", "pause", "takeover", "growth"}, o.only):
+		return o, fmt.Errorf("-only %q: want load, pause, takeover or growth", o.only)
 	}
 	var err error
 	if o.match, err = regexp.Compile(*match); err != nil {
@@ -139,6 +149,11 @@ func measure(ctx context.Context, o options) (*results, error) {
 	if o.does("takeover") {
 		if err := measureTakeovers(ctx, o, r); err != nil {
 			return nil, fmt.Errorf("measure takeovers: %w", err)
+		}
+	}
+	if o.only == "growth" {
+		if err := measureGrowth(ctx, o, r); err != nil {
+			return nil, fmt.Errorf("measure growth: %w", err)
 		}
 	}
 	r.Seconds = time.Since(r.Started).Seconds()

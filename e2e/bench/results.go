@@ -19,6 +19,7 @@ type results struct {
 	Load     []load     `json:"load"`
 	Pauses   []pause    `json:"pauses"`
 	Takeover []takeover `json:"takeovers"`
+	Growth   []growth   `json:"growth"`
 }
 
 type machine struct {
@@ -160,6 +161,15 @@ func (r *results) table(w io.Writer) error {
 		t.row("fault", "kill to next reply", "slowest client", "detect", "restore", "replay", "runs")
 		for _, q := range r.Takeover {
 			t.row(q.Fault, q.FirstMS.ms(), q.StallMS.ms(), q.DetectMS.ms(), q.RestoreMS.ms(), q.ReplayMS.ms(), len(q.Runs))
+		}
+	}
+	if len(r.Growth) > 0 {
+		t.title("\nGrowth: a generation and a takeover by the host's death, ms\n")
+		t.row("connections", "active", "image MB", "packets held", "until stable", "detect", "fence", "address", "restore", "replay", "live", "slowest client", "resets")
+		for _, g := range r.Growth {
+			s := g.Steps
+			t.row(g.Connections, g.Active, f1(g.ImageMB), f0(g.PauseMS), f0(g.StableMS), f0(s.DetectMS), f0(s.FenceMS), f0(s.VIPMS),
+				f0(s.RestoreMS), f0(s.ReplayMS), f0(s.TotalMS), f0(g.StallMS), g.Resets+g.Mismatches)
 		}
 	}
 	t.flush()

@@ -17,6 +17,7 @@ type Config struct {
 	Upload   int `json:"upload"`
 	Download int `json:"download"`
 	Half     int `json:"half"`
+	Sleep    int `json:"sleep"`
 
 	// PaceUS is the mean time a redis connection waits between requests, in
 	// microseconds; 0 is none.
@@ -41,7 +42,7 @@ const (
 )
 
 // Connections is the number of connections the run opens.
-func (c Config) Connections() int { return c.Redis + c.Idle + c.Upload + c.Download + c.Half }
+func (c Config) Connections() int { return c.Redis + c.Idle + c.Upload + c.Download + c.Half + c.Sleep }
 
 // withDefaults fills in zero values and refuses what cannot be meant.
 func (c Config) withDefaults() (Config, error) {
@@ -60,7 +61,7 @@ func (c Config) withDefaults() (Config, error) {
 	switch {
 	case c.Addr == "":
 		return c, errors.New("check load: no address")
-	case min(c.Redis, c.Idle, c.Upload, c.Download, c.Half) < 0, c.Connections() < 1, c.Connections() > maxConnections:
+	case min(c.Redis, c.Idle, c.Upload, c.Download, c.Half, c.Sleep) < 0, c.Connections() < 1, c.Connections() > maxConnections:
 		return c, fmt.Errorf("check load: %d connections, want 1 to %d", c.Connections(), maxConnections)
 	case c.TransferBytes < 1 || c.TransferBytes > maxTransferBytes:
 		return c, fmt.Errorf("check load: transfers of %d bytes, want 1 to %d", c.TransferBytes, maxTransferBytes)

@@ -14,6 +14,9 @@
 //     reply that is under way nearly all the time.
 //   - half: a raw connection that sends part of a command, waits, and sends the
 //     rest.
+//   - sleep: a raw connection with one exchange at its beginning and one at the
+//     end of the run, for thousands of connections that merely have to survive.
+//     It is left out of Message.Oldest, having nothing to say meanwhile.
 //
 // A lost connection is a reset, whatever ended it: it is counted, dialled again,
 // and its keys start anew, because the fate of the request under way is unknown.

@@ -81,6 +81,10 @@ func (c Config) lanes(started time.Time) (meters []*meter, lanes []lane) {
 	add(c.Upload, "upload", raw("upload"))
 	add(c.Download, "download", raw("download"))
 	add(c.Half, "half", raw("half"))
+	gate := make(chan struct{}, dialling)
+	add(c.Sleep, kindSleep, func(m *meter, rng *rand.Rand, name string) lane {
+		return &sleepLane{addr: c.Addr, gate: gate, rng: rng, name: name, m: m}
+	})
 	return meters, lanes
 }
 
@@ -112,7 +116,7 @@ func summarize(meters []*meter, now time.Time) Message {
 		if !alive.IsZero() {
 			msg.Connected++
 		}
-		if alive.Before(msg.Oldest) {
+		if r.Kind != kindSleep && alive.Before(msg.Oldest) {
 			msg.Oldest = alive.Round(0)
 		}
 		msg.Requests += r.Requests

@@ -217,13 +217,14 @@ func (d *driver) tick() {
 		case <-d.stop:
 			return
 		case now := <-t.C:
+			busy, born := d.look()
 			d.mu.Lock()
 			if want := d.pace(); want != every {
 				every = want
 				t.Reset(every)
 			}
 			if d.engine != nil && !d.frozen() {
-				d.engine.Busy(d.busy != nil && d.busy())
+				d.engine.Busy(busy, born)
 				d.engine.Tick(now)
 				if cuts := d.engine.Joined(); len(cuts) > 0 && d.machine != nil {
 					d.machine.Adopt(cuts)
@@ -240,6 +241,20 @@ func (d *driver) tick() {
 			d.finish()
 		}
 	}
+}
+
+// look asks whether the restored server is at work, and how many connections it
+// had been given by then. That takes reading /proc: packets go on meanwhile.
+func (d *driver) look() (busy bool, born int) {
+	d.mu.Lock()
+	ask := d.busy
+	if d.engine == nil {
+		ask = nil
+	} else {
+		born = d.engine.Born()
+	}
+	d.mu.Unlock()
+	return ask != nil && ask(), born
 }
 
 // doubtful tells the machine whether somebody else may be the primary. The

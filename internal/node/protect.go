@@ -31,6 +31,7 @@ const (
 // Protect runs the primary of a server that runs already, until ctx ends or it
 // is fenced.
 func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.Logger) error {
+	raiseLimits(log)
 	node, err := nodeID(cfg.StateDir)
 	if err != nil {
 		return exitcode.Wrap(exitcode.Failed, err)

@@ -70,6 +70,7 @@ type local struct {
 	at       time.Time // when its record was read
 	dir      string
 	svc      service
+	socks    []checkpoint.Socket // of the image
 }
 
 // tuples names the connections of a generation.
@@ -87,6 +88,7 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		cfg: cfg, log: log, out: out, ledger: replay.NewLedger(),
 		news: make(chan struct{}, 1), change: make(chan struct{}, 1),
 	}
+	raiseLimits(log)
 	var err error
 	if s.node, err = nodeID(cfg.StateDir); err != nil {
 		return exitcode.Wrap(exitcode.Failed, err)
@@ -307,10 +309,18 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 	if _, err := checkpoint.Download(ctx, s.store, m.Image, dir, prev); err != nil {
 		return fmt.Errorf("bring generation %d here: %w", gen.ID, err)
 	}
+	// What can be done before a takeover is not done in one.
+	if _, err := checkpoint.ForgetSizes(dir); err != nil {
+		return fmt.Errorf("prepare generation %d: %w", gen.ID, err)
+	}
+	socks, err := checkpoint.ReadSockets(dir)
+	if err != nil {
+		return fmt.Errorf("read generation %d: %w", gen.ID, err)
+	}
 	s.mu.Lock()
 	if !s.taking {
 		s.before = s.local
-		s.local = local{manifest: m, gen: gen, at: at, dir: dir, svc: svc}
+		s.local = local{manifest: m, gen: gen, at: at, dir: dir, svc: svc, socks: socks}
 		s.ledger.Introduce(gen, s.local.tuples())
 	}
 	s.mu.Unlock()

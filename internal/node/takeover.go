@@ -111,12 +111,12 @@ type recovery struct {
 
 	ledger *replay.Ledger // hides the standby's own: it may be of an older generation
 
-	socks  []checkpoint.Socket
-	engine *replay.Engine
-	reborn map[stream.ConnID]bool // connections that the engine re-creates
-	gone   []replay.Condemned
-	drv    *driver
-	rules  *tcpwrap.Rules
+	patches map[uint32]checkpoint.SocketPatch // of the image, before it is restored
+	engine  *replay.Engine
+	carries map[stream.ConnID]bool // connections that the image has or the engine re-creates
+	gone    []replay.Condemned
+	drv     *driver
+	rules   *tcpwrap.Rules
 }
 
 // recoverFrom tries the generations in turn: one whose image cannot be restored
@@ -226,14 +226,9 @@ func (s *standby) readUpTo(ctx context.Context, fence stream.StreamSeq) error {
 	}
 }
 
-// plan finds out where each connection of the image stands now, sets the
-// timestamp clocks of the image to go on from what clients have seen, and makes
-// the engine.
+// plan finds out where each connection of the image stands now and what its
+// timestamp clock has to go on from, and makes the engine.
 func (r *recovery) plan() error {
-	var err error
-	if r.socks, err = checkpoint.ReadSockets(r.loc.dir); err != nil {
-		return fmt.Errorf("read generation %d: %w", r.loc.gen.ID, err)
-	}
 	m := r.loc.manifest
 	sth, err := parseSouth(m.South)
 	if err != nil {
@@ -245,10 +240,10 @@ func (r *recovery) plan() error {
 	}
 	now := time.Now()
 	dumped := r.loc.at.Add(-time.Duration(sth.AgeMS) * time.Millisecond)
-	patches := map[uint32]checkpoint.SocketPatch{}
+	r.patches = map[uint32]checkpoint.SocketPatch{}
 	var survivors []replay.Survivor
 	r.mu.Lock()
-	for _, k := range r.socks {
+	for _, k := range r.loc.socks {
 		id, ok := ids[k.Inode]
 		if !ok || !carried(r.svc, k) {
 			continue
@@ -272,7 +267,7 @@ func (r *recovery) plan() error {
 			// microseconds from now on (Linux 6.7, TCP_TIMESTAMP in repair mode).
 			ts = (ts+clockMargin)&^1 | k.Timestamp&1
 			sv.TS = ts
-			patches[k.Inode] = checkpoint.SocketPatch{Timestamp: &ts}
+			r.patches[k.Inode] = checkpoint.SocketPatch{Timestamp: &ts}
 		}
 		survivors = append(survivors, sv)
 	}
@@ -287,14 +282,11 @@ func (r *recovery) plan() error {
 		})
 	}
 	r.mu.Unlock()
-	if err := checkpoint.PatchSockets(r.loc.dir, patches); err != nil {
-		return fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
-	}
-	if _, err := checkpoint.ForgetSizes(r.loc.dir); err != nil {
-		return fmt.Errorf("prepare generation %d: %w", r.loc.gen.ID, err)
-	}
 	r.engine = replay.NewEngine(survivors)
-	r.reborn = r.engine.AddNewborns(newborns)
+	r.carries = r.engine.AddNewborns(newborns)
+	for _, c := range m.Conns {
+		r.carries[c.Conn] = true
+	}
 	return nil
 }
 
@@ -333,6 +325,9 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 }
 
 func (r *recovery) restore(ctx context.Context) (checkpoint.Restored, error) {
+	if err := checkpoint.PatchSockets(r.loc.dir, r.loc.socks, r.patches); err != nil {
+		return checkpoint.Restored{}, fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
+	}
 	res, err := r.criu.Restore(ctx, checkpoint.RestoreRequest{Dir: r.loc.dir, InitPID: r.capsule.InitPID()})
 	if err != nil {
 		return res, fmt.Errorf("restore generation %d: %w", r.loc.gen.ID, err)
@@ -451,7 +446,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	next := sth.NextConn
 	r.mu.Lock()
 	r.ledger.Lines(func(l *replay.Line) { next = max(next, l.Conn+1) })
-	orphans := r.ledger.Orphans(func(id stream.ConnID) bool { return r.survives(id) })
+	orphans := r.ledger.Orphans(func(id stream.ConnID) bool { return r.carries[id] })
 	r.mu.Unlock()
 
 	m := tcpwrap.NewMachine(r.w.Next(), next, tcpwrap.DefaultLimits())
@@ -485,16 +480,4 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	p.divergences = r.engineStats().Divergences
 	p.takeover = &r.clock.t
 	return p, nil
-}
-
-func (r *recovery) survives(id stream.ConnID) bool {
-	if r.reborn[id] {
-		return true
-	}
-	for _, c := range r.loc.manifest.Conns {
-		if c.Conn == id {
-			return true
-		}
-	}
-	return false
 }
