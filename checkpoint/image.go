@@ -24,6 +24,8 @@ const (
 	magicStats     = 0x57093306
 	magicMM        = 0x57492820
 	magicFS        = 0x51403912
+	magicFDInfo    = 0x56213732
+	magicIDs       = 0x54432030
 )
 
 // maxImageRead bounds what is read of one decoded image: a service with 100,000

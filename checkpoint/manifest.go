@@ -50,12 +50,14 @@ type Manifest struct {
 	PauseUS    int64 `json:"pause_us"` // how long packets were held for the dump
 	ImageBytes int64 `json:"image_bytes"`
 
-	Image  Image           `json:"image"`
-	Tree   []Task          `json:"tree"`
-	Conns  []ConnCut       `json:"conns"`
-	Target Target          `json:"target"`
-	Files  []FileFact      `json:"files"`
-	South  json.RawMessage `json:"south,omitempty"` // state of the wrappers; not interpreted here
+	Image  Image      `json:"image"`
+	Tree   []Task     `json:"tree"`
+	Conns  []ConnCut  `json:"conns"`
+	Target Target     `json:"target"`
+	Files  []FileFact `json:"files"`
+	// SocketOptions are those of sockets of the image that CRIU does not carry over.
+	SocketOptions []SocketOptions `json:"socket_options,omitempty"`
+	South         json.RawMessage `json:"south,omitempty"` // state of the wrappers; not interpreted here
 }
 
 // ConnCut is where one connection of the image stands, and its name in the log.
@@ -195,6 +197,9 @@ func (m Manifest) valid() error {
 		if !filepath.IsAbs(f.Path) || len(f.Path) > maxPath || f.Size < 0 {
 			return fmt.Errorf("%w: file %.80q", ErrManifest, f.Path)
 		}
+	}
+	if err := m.validOptions(); err != nil {
+		return err
 	}
 	return m.Image.valid()
 }

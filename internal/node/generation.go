@@ -174,6 +174,9 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 		return m, fmt.Errorf("take generation %d: %w", id, err)
 	}
 	m.PauseUS, m.ImageBytes = time.Since(held).Microseconds(), d.Bytes
+	if m.SocketOptions, err = checkpoint.ReadSocketOptions(p.where.pid, socks); err != nil {
+		p.log.Warn("after a takeover from this generation some socket options will be the system's defaults", "generation", id, "err", err)
+	}
 	if m.Tree, err = checkpoint.ReadTree(dir); err != nil {
 		return m, fmt.Errorf("take generation %d: %w", id, err)
 	}

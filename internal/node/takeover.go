@@ -328,12 +328,27 @@ func (r *recovery) restore(ctx context.Context) (checkpoint.Restored, error) {
 	if err := checkpoint.PatchSockets(r.loc.dir, r.loc.socks, r.patches); err != nil {
 		return checkpoint.Restored{}, fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
 	}
-	res, err := r.criu.Restore(ctx, checkpoint.RestoreRequest{Dir: r.loc.dir, InitPID: r.capsule.InitPID()})
+	res, err := r.criu.Restore(ctx, checkpoint.RestoreRequest{
+		Dir: r.loc.dir, InitPID: r.capsule.InitPID(),
+		BeforeResume: func(int) error { r.setOptions(checkpoint.BeforeResume); return nil },
+	})
 	if err != nil {
 		return res, fmt.Errorf("restore generation %d: %w", r.loc.gen.ID, err)
 	}
 	r.clock.step("restored", &r.clock.t.RestoreMS, "pid", res.PID, "generation", r.loc.gen.ID)
 	return res, nil
+}
+
+// setOptions gives the restored sockets what CRIU has lost. None of it is worth
+// failing for: no octet depends on it.
+func (r *recovery) setOptions(when checkpoint.Moment) {
+	lost, err := checkpoint.ApplySocketOptions(r.loc.dir, r.capsule.InitPID(), r.loc.socks, r.loc.manifest.SocketOptions, when)
+	if err != nil {
+		r.log.Warn("socket options are the system's defaults from here on", "err", err)
+	}
+	for _, why := range lost {
+		r.log.Warn("a socket option could not be restored on this host", "option", why)
+	}
 }
 
 // rollForward feeds the log from the generation on and waits until every
@@ -477,6 +492,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	for _, o := range orphans {
 		r.log.Warn("connection reset: it is younger than the newest generation, and cannot be re-created", "conn", o.Tuple)
 	}
+	r.setOptions(checkpoint.AfterLive)
 	p.divergences = r.engineStats().Divergences
 	p.takeover = &r.clock.t
 	return p, nil
