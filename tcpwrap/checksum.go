@@ -77,8 +77,12 @@ func SetTCPChecksum(ip []byte) bool {
 	if err != nil {
 		return false
 	}
+	setChecksum(ip, w)
+	return true
+}
+
+func setChecksum(ip []byte, w ipView) {
 	t := ip[w.hdr:w.end]
 	t[16], t[17] = 0, 0
 	binary.BigEndian.PutUint16(t[16:], fold(ones(pseudo(ip, w), t)))
-	return true
 }

@@ -38,6 +38,10 @@ type Packet struct {
 	Corrupt bool
 }
 
+// MaxRewrite is the longest packet that Datapath.Rewrite takes: a netlink
+// attribute has 16 bits for its length.
+const MaxRewrite = 65535 - 4
+
 // ErrClosed is what a closed Datapath answers.
 var ErrClosed = errors.New("datapath closed")
 
@@ -55,6 +59,11 @@ type Datapath interface {
 	// Verdict queues a verdict; it takes effect at the next Flush at the latest.
 	// Verdicts of one direction take effect in the order they were given.
 	Verdict(id PacketID, v Verdict)
+	// Rewrite is Verdict with Accept, but what goes on is ip: the whole packet in
+	// another form, with a full checksum, whatever offloading it was caught with
+	// (the kernel keeps its GSO size). ip is free when Rewrite returns. At most
+	// MaxRewrite octets; a longer one is dropped, as if it had been lost.
+	Rewrite(id PacketID, ip []byte)
 	// Flush makes all queued verdicts take effect.
 	Flush() error
 	// SendUp gives the host's own TCP a packet as if it had come from the

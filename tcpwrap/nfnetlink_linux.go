@@ -79,6 +79,37 @@ func appendVerdict(b []byte, queue uint16, id PacketID, verdict uint32) []byte {
 	return binary.BigEndian.AppendUint32(b, uint32(id))
 }
 
+// appendRewrite appends the verdict that lets a packet go on as ip, of at most
+// MaxRewrite octets.
+func appendRewrite(b []byte, queue uint16, id PacketID, ip []byte) []byte {
+	padded := (len(ip) + 3) &^ 3
+	b = appendNfqHeader(b, nfqMsgVerdict, unix.NLM_F_REQUEST, queue, nfqVerdictLen-nfqHdrLen+4+padded)
+	b = binary.NativeEndian.AppendUint16(b, 12)
+	b = binary.NativeEndian.AppendUint16(b, nfqAttrVerdictHdr)
+	b = binary.BigEndian.AppendUint32(b, nfAccept)
+	b = binary.BigEndian.AppendUint32(b, uint32(id))
+	b = binary.NativeEndian.AppendUint16(b, uint16(4+len(ip)))
+	b = binary.NativeEndian.AppendUint16(b, nfqAttrPayload)
+	b = append(b, ip...)
+	return append(b, zeros[:padded-len(ip)]...)
+}
+
+var zeros [4]byte
+
+// firstMessages is how many octets of b, which is whole netlink messages, are
+// those that fit into limit, and one at least.
+func firstMessages(b []byte, limit int) int {
+	n := 0
+	for n < len(b) {
+		l := int(binary.NativeEndian.Uint32(b[n:]))
+		if n > 0 && n+l > limit {
+			break
+		}
+		n += l
+	}
+	return n
+}
+
 func be32(v uint32) []byte { return binary.BigEndian.AppendUint32(nil, v) }
 
 // nfqMessage is one netlink message: a packet, or the answer to a request.

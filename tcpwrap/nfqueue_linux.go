@@ -294,6 +294,21 @@ func (q *NFQueue) Verdict(id PacketID, v Verdict) {
 	}
 }
 
+// Rewrite implements Datapath.
+func (q *NFQueue) Rewrite(id PacketID, ip []byte) {
+	if len(ip) > MaxRewrite {
+		q.Verdict(id, Drop)
+		return
+	}
+	q.verdictMu.Lock()
+	q.pending = appendRewrite(q.pending, q.queue, id, ip)
+	full := len(q.pending) >= nfqAutoFlush
+	q.verdictMu.Unlock()
+	if full {
+		_ = q.Flush() // as in Verdict
+	}
+}
+
 // Flush implements Datapath. Concurrent calls share one system call. After an
 // error the verdicts are still there and the next Flush tries them again.
 func (q *NFQueue) Flush() error {
@@ -322,10 +337,9 @@ func (q *NFQueue) sendVerdicts() error {
 		q.sending = q.sending[:0]
 		return ErrClosed
 	}
-	const piece = 2 * nfqAutoFlush / nfqVerdictLen * nfqVerdictLen
 	b := q.sending
 	for len(b) > 0 {
-		n := min(len(b), piece)
+		n := firstMessages(b, 2*nfqAutoFlush)
 		if err := writeNetlink(q.fd, b[:n]); err != nil {
 			q.sending = append(q.sending[:0], b...)
 			return fmt.Errorf("send verdicts to nfqueue %d: %w", q.queue, err)
