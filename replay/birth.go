@@ -47,7 +47,7 @@ type Birth struct {
 func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool, at func(ts uint32, seen time.Time) uint32) []Newborn {
 	var out []Newborn
 	for id, ln := range l.lines {
-		if !ln.opened || !ln.accepted || ln.openPos <= cut && !unaccepted[id] {
+		if !ln.opened || !ln.accepted || ln.dialled || ln.openPos <= cut && !unaccepted[id] {
 			continue
 		}
 		if ln.Ended && ln.Reason == stream.EndQuarantine {

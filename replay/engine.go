@@ -84,12 +84,13 @@ type Engine struct {
 	headSince time.Time
 	headTries int
 
-	waiting       []Waiting
+	waiting       []Waiting // clients' packets, and the server's own SYNs
 	waitingOctets int
 	stats         Stats
 }
 
-// Waiting is a packet of a client that came before go-live.
+// Waiting is a packet of a client, or a SYN of the server's own, that came before
+// go-live.
 type Waiting struct {
 	ID      tcpwrap.PacketID
 	Segment tcpwrap.Segment
@@ -113,6 +114,7 @@ const (
 	evFin
 	evReset
 	evOpen
+	evHeard // the peer of a dialled connection had acknowledged all up to seq
 )
 
 type event struct {
@@ -165,6 +167,8 @@ type line struct {
 	openQueued bool
 	ended      bool // it is over: all its output is swallowed
 
+	heardSeq seqnum.Value // of a dialled connection: the newest evHeard
+
 	lagging bool // no longer holds the others up
 	unsure  bool // in Engine.unsure
 	gone    bool // dropped
@@ -186,7 +190,7 @@ func NewEngine(survivors []Survivor) *Engine {
 			cut: c, injNxt: c.RcvNxt, logged: c.RcvNxt, finLogged: c.ClientFin,
 			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd),
 			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kSure: c.SndUna, kFin: c.ServerFin,
-			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended,
+			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended, heardSeq: c.SndUna,
 		}
 		l.compareWith(s.Digests)
 		if s.Known {
@@ -247,6 +251,8 @@ func (e *Engine) Feed(now time.Time, r stream.Record) {
 		e.queue(r.Conn, event{evFin, r.Seq, nil})
 	case stream.ClientReset:
 		e.queue(r.Conn, event{evReset, r.Seq, nil})
+	case stream.ConnState:
+		e.heardThen(r)
 	}
 	e.pump(now)
 }
@@ -322,8 +328,7 @@ func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) 
 	}
 	l := e.conns[s.Tuple]
 	if l == nil {
-		e.Ready.Decide(id, tcpwrap.Drop)
-		return true
+		return e.unknown(id, s)
 	}
 	judged = e.fromServer(now, l, id, s)
 	e.pump(now)
@@ -353,18 +358,23 @@ func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segme
 		e.acknowledge(l)
 		return true
 	}
+	e.keep(id, s)
+	return true
+}
+
+// keep keeps a packet for the machine that takes over at go-live.
+func (e *Engine) keep(id tcpwrap.PacketID, s *tcpwrap.Segment) {
 	n := len(s.Payload) + len(s.RawOptions)
 	if len(e.waiting) >= maxHeld || e.waitingOctets+n > maxHeldOctets {
 		e.stats.Refused++
 		e.Ready.Decide(id, tcpwrap.Drop)
-		return true
+		return
 	}
 	w := Waiting{id, *s}
 	w.Segment.Payload = append([]byte(nil), s.Payload...)
 	w.Segment.RawOptions = append([]byte(nil), s.RawOptions...)
 	e.waiting = append(e.waiting, w)
 	e.waitingOctets += n
-	return true
 }
 
 // heard takes note of an acknowledgement. One that covers output which the

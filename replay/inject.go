@@ -33,6 +33,10 @@ func (e *Engine) pump(now time.Time) {
 func (e *Engine) inject(l *line) bool {
 	ev := &l.todo[0]
 	switch ev.kind {
+	case evHeard:
+		if l.unasked() {
+			return false
+		}
 	case evOpen:
 		if e.born-e.settledIn >= maxBirths {
 			return false
@@ -258,7 +262,12 @@ func (e *Engine) Done() bool {
 // silent reports whether the restored server has all that the log holds and
 // yet has not made what its client has of the old one.
 func (l *line) silent() bool {
-	return l.gap != "" || !l.reset && len(l.todo) == 0 && l.injNxt.LessEq(l.kAck) && l.kNxt.Less(l.ack)
+	return l.gap != "" || !l.reset && (len(l.todo) == 0 || l.unasked()) && l.injNxt.LessEq(l.kAck) && l.kNxt.Less(l.ack)
+}
+
+// unasked reports whether an answer waits for its question (heardThen).
+func (l *line) unasked() bool {
+	return len(l.todo) > 0 && l.todo[0].kind == evHeard && l.kNxt.Less(l.todo[0].seq)
 }
 
 // over reports whether the connection has ended in both directions.

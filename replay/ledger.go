@@ -36,6 +36,10 @@ type Line struct {
 	accept           stream.ConnAccept
 	openPos, endPos  stream.Position
 	acceptAt         time.Time
+
+	dialled bool // the server opened it: dial and answer are its open and accept
+	dial    stream.ConnDial
+	answer  stream.ConnAnswer
 }
 
 // Ledger follows a service's log. Feed it every entry in order. The zero value
@@ -84,6 +88,12 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 		if !ln.Known {
 			ln.State = stream.ConnState{Conn: r.Conn, ClientAck: r.ISN, ClientEdge: r.ISN, ServerNxt: r.ISN.Add(1)}
 		}
+	case stream.ConnDial:
+		ln := l.line(r.Conn)
+		ln.Tuple, ln.opened, ln.dialled = r.Tuple, true, true
+		ln.dial, ln.openPos, ln.acceptAt = r, e.Pos, now
+	case stream.ConnAnswer:
+		l.line(r.Conn).answeredBy(r)
 	case stream.ConnState:
 		ln := l.line(r.Conn)
 		ln.State, ln.Known, ln.StateAt = r, true, now

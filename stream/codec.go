@@ -12,7 +12,7 @@ import (
 const (
 	MaxPayload = 65535 // of Bytes
 	MaxConfig  = 65535 // of Hello
-	MaxOptions = 40    // of ConnOpen and ConnAccept: all a TCP header can hold
+	MaxOptions = 40    // of a SYN or SYN-ACK: all a TCP header can hold
 )
 
 // maxRecord is more than any record takes: kind, length and the largest body.
@@ -39,7 +39,16 @@ func AppendRecord(dst []byte, r Record) ([]byte, error) {
 		dst = appendHead(dst, KindClientReset, 12)
 		return appendSeq(be.AppendUint64(dst, uint64(r.Conn)), r.Seq), nil
 	case ConnOpen:
-		return appendConnOpen(dst, &r)
+		return appendConnOpen(dst, KindConnOpen, &r)
+	case ConnDial:
+		return appendConnOpen(dst, KindConnDial, (*ConnOpen)(&r))
+	case ConnAnswer:
+		if len(r.Options) > MaxOptions {
+			return dst, fmt.Errorf("%w record: %d octets of TCP options", ErrInvalid, len(r.Options))
+		}
+		dst = appendHead(dst, KindConnAnswer, 14+len(r.Options))
+		dst = be.AppendUint16(appendSeq(be.AppendUint64(dst, uint64(r.Conn)), r.ISN), r.Window)
+		return append(dst, r.Options...), nil
 	case ConnAccept:
 		if len(r.Options) > MaxOptions {
 			return dst, fmt.Errorf("%w record: %d octets of TCP options", ErrInvalid, len(r.Options))
@@ -103,7 +112,8 @@ func appendConnState(dst []byte, r *ConnState) []byte {
 	return be.AppendUint32(be.AppendUint32(dst, r.ClientTS), r.ServerTS)
 }
 
-func appendConnOpen(dst []byte, r *ConnOpen) ([]byte, error) {
+// appendConnOpen appends a SYN of either side: the two have one form.
+func appendConnOpen(dst []byte, k Kind, r *ConnOpen) ([]byte, error) {
 	s, c := r.Tuple.Server, r.Tuple.Client
 	switch {
 	case !s.IsValid() || !c.IsValid() || s.Addr().Is4() != c.Addr().Is4():
@@ -114,7 +124,7 @@ func appendConnOpen(dst []byte, r *ConnOpen) ([]byte, error) {
 		return dst, fmt.Errorf("%w record: %d octets of TCP options", ErrInvalid, len(r.Options))
 	}
 	addr := s.Addr().BitLen() / 8
-	dst = appendHead(dst, KindConnOpen, 8+1+2*(addr+2)+6+len(r.Options))
+	dst = appendHead(dst, k, 8+1+2*(addr+2)+6+len(r.Options))
 	dst = be.AppendUint64(dst, uint64(r.Conn))
 	dst = append(dst, byte(addr))
 	for _, a := range [2]netip.AddrPort{s, c} {
@@ -152,6 +162,10 @@ func decodeBody(kind Kind, b []byte) (Record, error) {
 			ServerNxt: c.seq(), ClientTS: c.u32(), ServerTS: c.u32()}
 	case KindConnOpen:
 		r = c.connOpen()
+	case KindConnDial:
+		r = ConnDial(c.connOpen())
+	case KindConnAnswer:
+		r = ConnAnswer{Conn: ConnID(c.u64()), ISN: c.seq(), Window: c.u16(), Options: c.rest(MaxOptions)}
 	case KindConnAccept:
 		r = ConnAccept{Conn: ConnID(c.u64()), ISN: c.seq(), Options: c.rest(MaxOptions)}
 	case KindClientFin:

@@ -224,7 +224,7 @@ func genRecord(t *rapid.T) Record {
 	conn := ConnID(rapid.Uint64().Draw(t, "conn"))
 	seq := func() seqnum.Value { return seqnum.Value(rapid.Uint32().Draw(t, "seq")) }
 	opts := func() []byte { return rapid.SliceOfN(rapid.Byte(), 0, MaxOptions).Draw(t, "opts") }
-	switch rapid.IntRange(1, 10).Draw(t, "kind") {
+	switch rapid.IntRange(1, 12).Draw(t, "kind") {
 	case 1:
 		return ConnOpen{conn, genTuple(t), seq(), rapid.Uint16().Draw(t, "win"), opts()}
 	case 2:
@@ -243,6 +243,10 @@ func genRecord(t *rapid.T) Record {
 	case 8:
 		cut := rapid.Uint64().Draw(t, "cut")
 		return Generation{rapid.Uint64().Draw(t, "id"), Sum(opts()), Position(cut), Position(rapid.Uint64Range(0, cut).Draw(t, "from")), StreamSeq(conn)}
+	case 11:
+		return ConnDial{conn, genTuple(t), seq(), rapid.Uint16().Draw(t, "win"), opts()}
+	case 12:
+		return ConnAnswer{conn, seq(), rapid.Uint16().Draw(t, "win"), opts()}
 	case 9:
 		return ServerExit{rapid.Uint32().Draw(t, "status")}
 	}

@@ -23,7 +23,9 @@ type StreamSeq uint64 //nolint:revive // stream.Seq would read as a TCP sequence
 // it is never used again, not even when the same 4-tuple is.
 type ConnID uint64
 
-// FourTuple is a connection's address pair, seen from the server.
+// FourTuple is a connection's address pair, seen from the server: Server is the
+// service's own address whoever opened the connection, so on one that the server
+// has dialled, Client is the peer that listens.
 type FourTuple struct {
 	Server, Client netip.AddrPort
 }
@@ -48,6 +50,8 @@ const (
 	KindServerExit  Kind = 9
 	KindHello       Kind = 10
 	KindGoodbye     Kind = 11
+	KindConnDial    Kind = 14
+	KindConnAnswer  Kind = 15
 	KindOutDigest   Kind = 32
 )
 
@@ -77,6 +81,24 @@ type ConnOpen struct {
 type ConnAccept struct {
 	Conn    ConnID
 	ISN     seqnum.Value // server's initial sequence number
+	Options []byte       // TCP options of the SYN-ACK, raw, at most 40 octets
+}
+
+// ConnDial is a SYN of the server's own: it opens a connection to a peer. What
+// the other records call the client is that peer.
+type ConnDial struct {
+	Conn    ConnID
+	Tuple   FourTuple
+	ISN     seqnum.Value // server's initial sequence number
+	Window  uint16       // unscaled
+	Options []byte       // TCP options of the SYN, raw, at most 40 octets
+}
+
+// ConnAnswer is the peer's SYN-ACK to a ConnDial.
+type ConnAnswer struct {
+	Conn    ConnID
+	ISN     seqnum.Value // peer's initial sequence number
+	Window  uint16       // unscaled
 	Options []byte       // TCP options of the SYN-ACK, raw, at most 40 octets
 }
 
@@ -176,6 +198,12 @@ func (ConnOpen) Kind() Kind { return KindConnOpen }
 
 // Kind implements Record.
 func (ConnAccept) Kind() Kind { return KindConnAccept }
+
+// Kind implements Record.
+func (ConnDial) Kind() Kind { return KindConnDial }
+
+// Kind implements Record.
+func (ConnAnswer) Kind() Kind { return KindConnAnswer }
 
 // Kind implements Record.
 func (Bytes) Kind() Kind { return KindBytes }

@@ -26,6 +26,8 @@ type Cut struct {
 	// Open is where the log has the connection's open record, when it was
 	// re-created out of that: the server may not have accepted it yet. Else 0.
 	Open stream.Position
+	// Dialled: the server opened the connection, and the client is its peer.
+	Dialled bool
 }
 
 // unacked is a run of logged octets that the server's TCP has not yet
@@ -66,6 +68,9 @@ type conn struct {
 	out         Digest          // of the outstream since the newest cut
 	embryonic   bool            // the client has not answered the SYN-ACK
 
+	dialled bool         // the server opened it
+	told    seqnum.Value // the newest clientAck that tell has logged
+
 	opened               bool // we saw the handshake
 	clientISN, serverISN seqnum.Value
 }
@@ -91,7 +96,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 		sndWScale: c.SndWScale, rcvWScale: c.RcvWScale, hasTS: c.HasTS,
 		clientAck: c.SndUna, clientEdge: c.SndUna.Add(c.SndWnd), clientTS: c.ClientTS,
 		serverNxt: c.SndNxt, serverTS: c.ServerTS, sentNxt: seqnum.Max(c.SndUna, c.SndNxt), rcvAck: c.RcvNxt,
-		openPos: c.Open,
+		openPos: c.Open, dialled: c.Dialled, told: c.SndUna,
 	}
 	n.in.nxt = c.RcvNxt
 	n.in.fin = c.ClientFin

@@ -12,7 +12,7 @@ type Limits struct {
 	AheadPerConn int // octets kept out of order for one connection
 	Ahead        int // the same over all connections
 	Frozen       int // octets of packets kept while a dump runs
-	Handshakes   int // SYNs that wait for their SYN-ACK, and SYN-ACKs for their ACK
+	Handshakes   int // SYNs of either side that wait for their SYN-ACK, and SYN-ACKs for their ACK
 }
 
 // DefaultLimits fit a receive buffer of 6 MiB, Linux's default maximum.
@@ -39,8 +39,8 @@ const (
 //
 // The invariants, whatever the events:
 //   - an outbound packet, of a connection of ours or not, is accepted only when
-//     every Bytes, ClientFin, ConnOpen, ConnAccept and ClientReset record made
-//     before it was caught is stable;
+//     every Bytes, ClientFin, ConnOpen, ConnAccept, ConnDial, ConnAnswer and
+//     ClientReset record made before it was caught is stable;
 //   - an outbound acknowledgement never covers an octet that has no record;
 //   - an inbound packet with new data is accepted only with its record.
 type Machine struct {
@@ -64,8 +64,10 @@ type Machine struct {
 
 	syns     map[stream.FourTuple]*handshake
 	synAge   []*handshake // oldest first, answered ones among them
-	embryos  int          // connections whose client has not answered the SYN-ACK
-	embryAge []*conn      // oldest first, others among them
+	dials    map[stream.FourTuple]*dial
+	dialAge  []*dial // as synAge
+	embryos  int     // connections whose client has not answered the SYN-ACK
+	embryAge []*conn // oldest first, others among them
 
 	held   []heldPacket
 	waited []frozenPacket
@@ -106,6 +108,7 @@ func NewMachine(next stream.Position, firstConn stream.ConnID, limits Limits) *M
 		nextConn: max(firstConn, 1),
 		conns:    map[stream.FourTuple]*conn{},
 		syns:     map[stream.FourTuple]*handshake{},
+		dials:    map[stream.FourTuple]*dial{},
 		blocked:  map[stream.FourTuple]stream.Position{},
 	}
 }
@@ -247,6 +250,10 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 	v := Accept
 	c := m.conns[s.Tuple]
 	switch {
+	case s.Flags.Has(SYN | ACK):
+		if !m.answered(s) {
+			v = Drop
+		}
 	case s.Flags.Has(SYN):
 		if m.congested { // a connection is two records, and a flood many
 			m.stats.Refused++
@@ -255,6 +262,9 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 		}
 		m.noteSYN(c, s)
 	case c == nil:
+		if s.Flags.Has(RST) {
+			m.refused(s)
+		}
 		if _, yes := m.blocked[s.Tuple]; yes && !s.Flags.Has(RST) {
 			v = Drop // what the server would make of it could show on other connections
 		}
@@ -300,10 +310,16 @@ func (m *Machine) lowered(c *conn, s *Segment) {
 
 // tell logs what the server has said since the last time, as a digest. It goes
 // ahead of what the client says next, so that a replay is compared with all but
-// the last answers of a server that died.
+// the last answers of a server that died. What a peer says to a server that
+// dialled it is an answer: the log says to what, so that a replay does not give
+// the answer before the question.
 func (m *Machine) tell(c *conn) {
 	if c.out.fresh() {
 		m.Append(c.digest())
+	}
+	if c.dialled && c.told != c.clientAck {
+		c.told = c.clientAck
+		m.Append(c.state())
 	}
 }
 
@@ -333,6 +349,9 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 			}
 		},
 		func(seq seqValue) {
+			if c.dialled { // a FIN is an answer as well
+				m.tell(c)
+			}
 			p := m.depend(stream.ClientFin{Conn: c.id, Seq: seq})
 			c.noteLogged(seq.Add(1), p)
 		})
@@ -352,6 +371,9 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 			m.Ready.Decide(id, Drop)
 			return
 		}
+	} else if s.Flags.Has(SYN) {
+		m.dialled(c, s)
+		c = nil
 	}
 	if c != nil && s.Flags.Has(ACK) && c.in.nxt.Less(s.Ack) {
 		m.quarantine(c, id)

@@ -44,6 +44,8 @@ func (m *Machine) Check() error {
 		return fmt.Errorf("%d connections without an answer, counted %d, limit %d", embryos, m.embryos, limit)
 	case len(m.syns) > limit:
 		return fmt.Errorf("%d handshakes, limit %d", len(m.syns), limit)
+	case len(m.dials) > limit || len(m.dialAge) > 2*limit+16:
+		return fmt.Errorf("%d dials in a queue of %d, limit %d", len(m.dials), len(m.dialAge), limit)
 	case len(m.synAge) > 2*limit+16 || len(m.embryAge) > 2*limit+16:
 		return fmt.Errorf("queues of %d and %d handshakes, limit %d", len(m.synAge), len(m.embryAge), limit)
 	case m.kept > m.limits.Frozen:

@@ -3,6 +3,7 @@ package tcpwrap_test
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -74,6 +75,12 @@ func (p *machinePlay) do(d *scenario.Directive) string {
 		p.m.Thaw(p.now)
 	case "adopt":
 		head = p.adopt(d)
+	case "dialling": // are the dials of an image, those to the names given
+		var there []string
+		for _, k := range p.m.Dialling(func(t stream.FourTuple) bool { return slices.Contains(d.Words, p.names[t.Client]) }) {
+			there = append(there, fmt.Sprintf("%s as %d from %d", p.names[k.Tuple.Client], k.Conn, k.Open))
+		}
+		head = fmt.Sprintf("dialling %s\n", strings.Join(there, ", "))
 	case "generation":
 		p.m.Append(stream.Generation{ID: 1})
 	case "congested":
@@ -130,6 +137,7 @@ func (p *machinePlay) adopt(d *scenario.Directive) string {
 		cuts = append(cuts, tcpwrap.Cut{
 			Conn: stream.ConnID(d.Number("conn", 0)), Tuple: t, RcvNxt: seqnum.Value(d.Number("rcv", 0)),
 			SndUna: seqnum.Value(d.Number("una", 0)), SndNxt: seqnum.Value(d.Number("nxt", 0)), SndWnd: seqnum.Size(d.Number("wnd", 0)),
+			Dialled: d.Has("dialled"),
 		})
 	}
 	adopted, from := p.m.Adopt(cuts)
@@ -165,6 +173,10 @@ func (p *machinePlay) record(r stream.Record) string {
 	switch r := r.(type) {
 	case stream.ConnOpen:
 		return fmt.Sprintf("open %s as %d at %d", p.names[r.Tuple.Client], r.Conn, r.ISN)
+	case stream.ConnDial:
+		return fmt.Sprintf("dial %s as %d at %d", p.names[r.Tuple.Client], r.Conn, r.ISN)
+	case stream.ConnAnswer:
+		return fmt.Sprintf("answer %d at %d, window %d", r.Conn, r.ISN, r.Window)
 	case stream.ConnAccept:
 		return fmt.Sprintf("accept %d at %d", r.Conn, r.ISN)
 	case stream.Bytes:

@@ -15,12 +15,18 @@ import (
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 // Rules are the netfilter rules that send a service's packets to its queue:
 //
 //	-A INPUT  -i DEV -d VIP -p tcp --dport PORT -j NFQUEUE
 //	-A OUTPUT -o DEV -s VIP -p tcp --sport PORT -m mark ! --mark MARK -j NFQUEUE
+//
+// and those of the connections that the service opens to peers:
+//
+//	-A INPUT  -i DEV -s PEER -d VIP -p tcp --sport PORT -j NFQUEUE
+//	-A OUTPUT -o DEV -s VIP -d PEER -p tcp --dport PORT -m mark ! --mark MARK -j NFQUEUE
 //
 // They have no bypass, so that without an owner of the queue nothing passes.
 // They match the device: what a wrapper injects goes over lo and is not caught.
@@ -35,7 +41,8 @@ type Rules struct {
 	Name  string // of the service: letters, digits, "._-"
 	VIP   netip.Addr
 	Ports []uint16
-	Dev   string // network device; "" means all but lo
+	Peers []remote.Range // that the service opens connections to
+	Dev   string         // network device; "" means all but lo
 	Queue uint16
 	Mark  uint32 // as in NFQueueOptions
 	NetNS string // as nsthread.InNamed takes it
@@ -70,6 +77,8 @@ func (r Rules) check() error {
 		return fmt.Errorf("address of service %s: %v cannot be matched", r.Name, r.VIP)
 	case len(r.Ports) == 0 || slices.Contains(r.Ports, 0):
 		return fmt.Errorf("ports of service %s: want at least one, and none may be 0", r.Name)
+	case slices.ContainsFunc(r.Peers, func(p remote.Range) bool { return p.Net.Addr().Is4() != r.VIP.Is4() }):
+		return fmt.Errorf("peers of service %s: %v are not all of the family of %v", r.Name, r.Peers, r.VIP)
 	case r.Dev != "" && !devName.MatchString(r.Dev):
 		return fmt.Errorf("device of service %s: %q is not a device name", r.Name, r.Dev)
 	case r.Mark == 0:
@@ -168,7 +177,27 @@ func (r Rules) lines(target, mark, dev string) []string {
 			fmt.Sprintf("INPUT -d %s %s -p tcp -m tcp --dport %d %s%s", host, in, p, comment, target),
 			fmt.Sprintf("OUTPUT -s %s %s -p tcp -m tcp --sport %d %s%s%s", host, out, p, mark, comment, target))
 	}
+	for _, p := range r.Peers {
+		l = append(l,
+			fmt.Sprintf("INPUT %s-d %s %s -p tcp %s%s%s", peerMatch("-s", p), host, in, portMatch("--sport", p), comment, target),
+			fmt.Sprintf("OUTPUT -s %s %s%s -p tcp %s%s%s%s", host, peerMatch("-d", p), out, portMatch("--dport", p), mark, comment, target))
+	}
 	return l
+}
+
+// peerMatch leaves out what matches all, as iptables-save does.
+func peerMatch(flag string, p remote.Range) string {
+	if p.Net.Bits() == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s %s ", flag, p.Net)
+}
+
+func portMatch(flag string, p remote.Range) string {
+	if p.Port == 0 {
+		return ""
+	}
+	return fmt.Sprintf("-m tcp %s %d ", flag, p.Port)
 }
 
 // replace makes lines the rules of r.Name with the first tool that can, and

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/ftckpt/ftckpt/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 func saved(t *testing.T, ns, tool string) []string {
@@ -78,6 +79,47 @@ func TestRulesComeAndGoAsOne(t *testing.T) {
 	}
 	if got := saved(t, l.server, "iptables-save"); !slices.Equal(got, before) {
 		t.Errorf("left %q, was %q", got, before)
+	}
+}
+
+// The rules of peers are what iptables-save prints, so that installing them again
+// changes nothing and no packet escapes.
+func TestRulesOfPeers(t *testing.T) {
+	l := newLab(t)
+	r := l.rules(labServer4)
+	for _, s := range []string{"0.0.0.0/0:5432", "192.0.2.0/24", "192.0.2.7/32:6379", "0.0.0.0/0"} {
+		p, err := remote.Parse(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Peers = append(r.Peers, p)
+	}
+	if err := r.Install(); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		`INPUT -d 10.201.0.1/32 -i srv0 -p tcp -m tcp --dport 7777 `,
+		`INPUT -d 10.201.0.1/32 -i srv0 -p tcp -m tcp --sport 5432 `,
+		`INPUT -s 192.0.2.0/24 -d 10.201.0.1/32 -i srv0 -p tcp `,
+		`INPUT -s 192.0.2.7/32 -d 10.201.0.1/32 -i srv0 -p tcp -m tcp --sport 6379 `,
+		`INPUT -d 10.201.0.1/32 -i srv0 -p tcp `,
+		`OUTPUT -s 10.201.0.1/32 -o srv0 -p tcp -m tcp --sport 7777 -m mark ! --mark 0x66746370 `,
+		`OUTPUT -s 10.201.0.1/32 -o srv0 -p tcp -m tcp --dport 5432 -m mark ! --mark 0x66746370 `,
+		`OUTPUT -s 10.201.0.1/32 -d 192.0.2.0/24 -o srv0 -p tcp -m mark ! --mark 0x66746370 `,
+		`OUTPUT -s 10.201.0.1/32 -d 192.0.2.7/32 -o srv0 -p tcp -m tcp --dport 6379 -m mark ! --mark 0x66746370 `,
+		`OUTPUT -s 10.201.0.1/32 -o srv0 -p tcp -m mark ! --mark 0x66746370 `,
+	}
+	got, err := Installed(l.server, "test")
+	if err != nil || len(got) != len(want) {
+		t.Fatalf("%d rules, want %d (%v): %q", len(got), len(want), err, got)
+	}
+	for i := range want {
+		if w := want[i] + `-m comment --comment "ftckpt:test" -j NFQUEUE --queue-num 77`; got[i] != w {
+			t.Errorf("rule %d is\n%s\nwant\n%s", i, got[i], w)
+		}
+	}
+	if l := r.lines("-j NFQUEUE --queue-num 77", "-m mark ! --mark 0x66746370 ", r.Dev); !slices.Equal(sortedByChain(l), got) {
+		t.Errorf("lines\n%q\nare printed as\n%q", sortedByChain(l), got)
 	}
 }
 
@@ -235,6 +277,7 @@ func TestRulesRefuse(t *testing.T) {
 		"port 0":        func(r *Rules) { r.Ports = []uint16{80, 0} },
 		"device":        func(r *Rules) { r.Dev = "eth0 -j ACCEPT" },
 		"any device":    func(r *Rules) { r.Dev = "eth+" },
+		"IPv6 peer":     func(r *Rules) { r.Peers = []remote.Range{{Net: netip.MustParsePrefix("2001:db8::/64")}} },
 		"no mark":       func(r *Rules) { r.Mark = 0 },
 		"mapped IPv4":   func(r *Rules) { r.VIP = netip.MustParseAddr("::ffff:1.2.3.4") },
 		"device option": func(r *Rules) { r.Dev = "-j" },

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftckpt/ftckpt/internal/nsthread"
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 // TCPState is a socket's state (net/tcp_states.h).
@@ -67,11 +68,12 @@ const (
 )
 
 // Sockets lists the TCP sockets of a service in a network namespace: those
-// bound to vip and one of ports, and listeners there or on all addresses.
-func Sockets(netns string, vip netip.Addr, ports []uint16) ([]Socket, error) {
+// bound to vip and one of ports, listeners there or on all addresses, and
+// connections from vip to peers.
+func Sockets(netns string, vip netip.Addr, ports []uint16, peers ...remote.Range) ([]Socket, error) {
 	var found []Socket
 	err := withDiag(netns, func(fd int) (err error) {
-		found, err = listSockets(fd, vip, ports)
+		found, err = listSockets(fd, vip, ports, peers)
 		return err
 	})
 	if err != nil {
@@ -84,10 +86,10 @@ func Sockets(netns string, vip netip.Addr, ports []uint16) ([]Socket, error) {
 // listeners not included, and says how many there were. TCP sends a RST for
 // most: the rules must be in place and Drop what comes, or Block must have been
 // called, or clients will see it.
-func DestroySockets(netns string, vip netip.Addr, ports []uint16) (int, error) {
+func DestroySockets(netns string, vip netip.Addr, ports []uint16, peers ...remote.Range) (int, error) {
 	n := 0
 	err := withDiag(netns, func(fd int) error {
-		socks, err := listSockets(fd, vip, ports)
+		socks, err := listSockets(fd, vip, ports, peers)
 		if err != nil {
 			return err
 		}
@@ -136,7 +138,7 @@ func appendDiagRequest(b []byte, typ, flags uint16, family uint8, states uint32,
 	return append(b, id[:]...)
 }
 
-func listSockets(fd int, vip netip.Addr, ports []uint16) ([]Socket, error) {
+func listSockets(fd int, vip netip.Addr, ports []uint16, peers []remote.Range) ([]Socket, error) {
 	var found []Socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		if family == unix.AF_INET && vip.Is6() {
@@ -148,7 +150,7 @@ func listSockets(fd int, vip netip.Addr, ports []uint16) ([]Socket, error) {
 			return nil, err
 		}
 		err := readAnswers(fd, func(body []byte) {
-			if s, ok := parseSocket(body); ok && s.serves(vip, ports) {
+			if s, ok := parseSocket(body); ok && (s.serves(vip, ports) || s.Local.Addr() == vip && remote.Any(peers, s.Remote)) {
 				found = append(found, s)
 			}
 		})

@@ -11,6 +11,8 @@ package config
 import (
 	"net/netip"
 	"time"
+
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 // Defaults and bounds of the settings.
@@ -27,8 +29,9 @@ const (
 	MinDetect     = 50 * time.Millisecond // below it a busy two-core host gives false alarms
 	MaxDetect     = time.Minute
 
-	MaxPorts = 64
-	MaxName  = 32
+	MaxPorts    = 64
+	MaxOutgoing = 64
+	MaxName     = 32
 
 	// DefaultEmbed is where a standby's own log listens.
 	DefaultEmbed = "embed://:4222"
@@ -72,16 +75,17 @@ type Common struct {
 // Protect are the settings of ftckpt protect.
 type Protect struct {
 	Common
-	Name     string        // of the service
-	PID      int           // root of the process tree to protect
-	VIP      netip.Prefix  // the service's address, with the length of its network
-	Dev      string        // interface the VIP is on
-	Join     string        // what standby or logserver printed; exclusive with Log
-	Log      string        // nats:// or tls:// URL of a log of the user's own
-	Ports    []uint16      // to protect; empty: all the process listens on
-	Interval time.Duration // between generations; 0: only when asked (ftckpt checkpoint)
-	Commit   string        // CommitLog
-	OnCrash  string        // OnCrashFailover
+	Name     string         // of the service
+	PID      int            // root of the process tree to protect
+	VIP      netip.Prefix   // the service's address, with the length of its network
+	Dev      string         // interface the VIP is on
+	Join     string         // what standby or logserver printed; exclusive with Log
+	Log      string         // nats:// or tls:// URL of a log of the user's own
+	Ports    []uint16       // to protect; empty: all the process listens on
+	Outgoing []remote.Range // peers to which connections that the server opens from VIP are protected
+	Interval time.Duration  // between generations; 0: only when asked (ftckpt checkpoint)
+	Commit   string         // CommitLog
+	OnCrash  string         // OnCrashFailover
 }
 
 // Standby are the settings of ftckpt standby.

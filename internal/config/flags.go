@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 // Flags adds the settings of every command to fs.
@@ -31,6 +33,7 @@ func (p *Protect) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&p.Join, "join", "", "log of a standby or a logserver: the `STRING` it printed (a secret: better in FTCKPT_JOIN)")
 	fs.StringVar(&p.Log, "log", "", "log at the `URL` of a NATS server or cluster (nats://, tls://)")
 	fs.Var(&ports{dst: &p.Ports}, "port", "protect TCP port `P` (repeat for several; default all it listens on)")
+	fs.Var(&ranges{dst: &p.Outgoing}, "outgoing", "protect connections that the server opens from the VIP to `ADDR/LEN[:PORT]`, too (repeat for several)")
 	fs.DurationVar(&p.Interval, "interval", DefaultInterval, "`TIME` between generations; 0 for only when asked (ftckpt checkpoint)")
 	p.Commit = CommitLog
 	fs.Var(&choice{dst: &p.Commit, now: []string{CommitLog}, later: []string{"ack", "checkpoint"}}, "commit", "when output may leave: `log`, once all it depends on is stable")
@@ -193,4 +196,60 @@ func parsePort(s string) (uint16, error) {
 		return 0, errors.New("want a port from 1 to 65535")
 	}
 	return uint16(n), nil
+}
+
+// ranges is a list of networks of peers, given one by one or with commas
+// between.
+type ranges struct {
+	dst *[]remote.Range
+	set bool // the default is gone
+}
+
+func (r *ranges) String() string {
+	if r.dst == nil {
+		return ""
+	}
+	return strings.Join(r.GetSlice(), ",")
+}
+func (r *ranges) Type() string { return "peers" }
+func (r *ranges) Set(s string) error {
+	if !r.set {
+		*r.dst, r.set = nil, true
+	}
+	for f := range strings.SplitSeq(s, ",") {
+		if err := r.Append(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Append implements pflag.SliceValue.
+func (r *ranges) Append(s string) error {
+	v, err := remote.Parse(strings.TrimSpace(s))
+	if err != nil {
+		return err
+	}
+	*r.dst = append(*r.dst, v)
+	return nil
+}
+
+// Replace implements pflag.SliceValue.
+func (r *ranges) Replace(list []string) error {
+	*r.dst, r.set = nil, true
+	for _, s := range list {
+		if err := r.Append(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// GetSlice implements pflag.SliceValue.
+func (r *ranges) GetSlice() []string {
+	list := make([]string, 0, len(*r.dst))
+	for _, v := range *r.dst {
+		list = append(list, v.String())
+	}
+	return list
 }

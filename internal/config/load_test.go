@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 // load parses args as the flags of protect, then env and the file, whose
@@ -71,6 +72,15 @@ func TestPrecedence(t *testing.T) {
 		{"list in the file", nil, nil, "port: [6379, 6380]", func(p *Protect) { p.Ports = []uint16{6379, 6380} }},
 		{"block list in the file", nil, nil, "port:\n  - 1\n  - 65535\n", func(p *Protect) { p.Ports = []uint16{1, 65535} }},
 		{"scalar for a list", nil, nil, "port: 6379", func(p *Protect) { p.Ports = []uint16{6379} }},
+		{"peers in the file", nil, nil, "outgoing: [192.0.2.7:5432, 198.51.100.0/24]", func(p *Protect) {
+			p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("192.0.2.7/32"), Port: 5432}, {Net: netip.MustParsePrefix("198.51.100.0/24")}}
+		}},
+		{"peers in the environment", nil, map[string]string{"FTCKPT_OUTGOING": "192.0.2.7, 192.0.2.8/32:1"}, "outgoing: [192.0.2.9]", func(p *Protect) {
+			p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("192.0.2.7/32")}, {Net: netip.MustParsePrefix("192.0.2.8/32"), Port: 1}}
+		}},
+		{"peers are replaced, not joined", []string{"--outgoing=192.0.2.1", "--outgoing=192.0.2.2"}, nil, "outgoing: [192.0.2.9]", func(p *Protect) {
+			p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("192.0.2.1/32")}, {Net: netip.MustParsePrefix("192.0.2.2/32")}}
+		}},
 		{"list in the environment", nil, map[string]string{"FTCKPT_PORT": "1,2, 3"}, "port: [9]", func(p *Protect) { p.Ports = []uint16{1, 2, 3} }},
 		{"lists are replaced, not joined", []string{"--port=1", "--port=2"}, map[string]string{"FTCKPT_PORT": "3"}, "port: [9]",
 			func(p *Protect) { p.Ports = []uint16{1, 2} }},

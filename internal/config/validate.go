@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 // SettingError is a setting whose value cannot work.
@@ -66,6 +68,9 @@ func (p *Protect) Validate() error {
 		return err
 	}
 	if err := checkPorts(p.Ports); err != nil {
+		return err
+	}
+	if err := checkOutgoing(p.Outgoing, p.VIP); err != nil {
 		return err
 	}
 	if p.Interval != 0 && (p.Interval < MinInterval || p.Interval > MaxInterval) {
@@ -184,6 +189,23 @@ func checkPorts(ports []uint16) error {
 			return problem("port", "0 is not a port a service can have")
 		case seen[p]:
 			return problem("port", "%d is given twice", p)
+		}
+		seen[p] = true
+	}
+	return nil
+}
+
+func checkOutgoing(peers []remote.Range, vip netip.Prefix) error {
+	if len(peers) > MaxOutgoing {
+		return problem("outgoing", "%d networks are too many: want at most %d", len(peers), MaxOutgoing)
+	}
+	seen := map[remote.Range]bool{}
+	for _, p := range peers {
+		switch {
+		case p.Net.Addr().Is4() != vip.Addr().Is4():
+			return problem("outgoing", "%v is not of the address family of %v, from which such connections come", p, vip.Addr())
+		case seen[p]:
+			return problem("outgoing", "%v is given twice", p)
 		}
 		seen[p] = true
 	}

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ftckpt/ftckpt/internal/remote"
 )
 
 func goodProtect() Protect {
@@ -70,6 +72,15 @@ func TestProtectValidate(t *testing.T) {
 		{"dev with a slash", func(p *Protect) { p.Dev = "a/b" }, "dev: not the name of a network interface"},
 		{"port 0", func(p *Protect) { p.Ports = []uint16{0} }, "port: 0 is not a port"},
 		{"port twice", func(p *Protect) { p.Ports = []uint16{1, 2, 1} }, "port: 1 is given twice"},
+		{"peer of the other family", func(p *Protect) { p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("2001:db8::/64")}} }, "outgoing: 2001:db8::/64 is not of the address family"},
+		{"peer twice", func(p *Protect) {
+			r := remote.Range{Net: netip.MustParsePrefix("192.0.2.0/24"), Port: 5432}
+			p.Outgoing = []remote.Range{r, r}
+		}, "outgoing: 192.0.2.0/24:5432 is given twice"},
+		{"peers", func(p *Protect) {
+			p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("0.0.0.0/0"), Port: 5432}, {Net: netip.MustParsePrefix("192.0.2.0/24")}}
+		}, ""},
+		{"many peers", func(p *Protect) { p.Outgoing = make([]remote.Range, MaxOutgoing+1) }, "outgoing: 65 networks are too many"},
 		{"many ports", func(p *Protect) { p.Ports = make([]uint16, MaxPorts+1) }, "port: too many"},
 		{"on request only", func(p *Protect) { p.Interval = 0 }, ""},
 		{"short interval", func(p *Protect) { p.Interval = MinInterval - 1 }, "interval: out of bounds"},

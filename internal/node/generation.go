@@ -40,6 +40,9 @@ type south struct {
 	// Unaccepted are connections that waited in the accept queue: no image has
 	// them, and a recovery has to re-create them.
 	Unaccepted []stream.ConnID `json:"unaccepted,omitempty"`
+	// Dialling are connections that the server had begun to open: the image has
+	// their sockets, the log their answers, if any.
+	Dialling []stream.ConnID `json:"dialling,omitempty"`
 	// Service is the Hello of the epoch, which the log's collection does not keep.
 	Service json.RawMessage `json:"service"`
 }
@@ -165,6 +168,8 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 			if sth.Unaccepted, from, err = unaccepted(p.where.netns, p.svc, missing); from != 0 {
 				m.From = min(m.From, from)
 			}
+			sth.Dialling, from = dialling(p.drv.machine, p.svc, socks)
+			m.From = min(m.From, from)
 		}
 		sth.NextConn = p.drv.machine.NextConn()
 		m.South, _ = json.Marshal(sth) // plain data always encodes
@@ -192,7 +197,7 @@ func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream
 	byTuple := map[stream.FourTuple]checkpoint.Socket{}
 	for _, s := range socks {
 		if carried(svc, s) {
-			cuts = append(cuts, cutOf(s))
+			cuts = append(cuts, cutOf(svc, s))
 			byTuple[s.Tuple] = s
 		}
 	}
@@ -208,19 +213,19 @@ func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream
 func carried(svc service, s checkpoint.Socket) bool {
 	switch s.State {
 	case checkpoint.Established, checkpoint.FinWait1, checkpoint.FinWait2, checkpoint.CloseWait, checkpoint.LastAck, checkpoint.Closing:
-		return s.Stream && svc.owns(s.Tuple.Server)
+		return s.Stream && (svc.serves(s.Tuple) || svc.dialled(s.Tuple))
 	}
 	return false
 }
 
-func cutOf(s checkpoint.Socket) tcpwrap.Cut {
+func cutOf(svc service, s checkpoint.Socket) tcpwrap.Cut {
 	clientFin := s.State == checkpoint.CloseWait || s.State == checkpoint.LastAck || s.State == checkpoint.Closing
 	serverFin := s.State == checkpoint.FinWait1 || s.State == checkpoint.FinWait2 || s.State == checkpoint.LastAck || s.State == checkpoint.Closing
 	return tcpwrap.Cut{
 		Tuple: s.Tuple, RcvNxt: s.RcvNxt, SndUna: s.SndUna, SndNxt: s.SndNxt, SndWnd: seqnum.Size(s.SndWnd),
 		SndWScale: s.SndWScale, RcvWScale: s.RcvWScale,
 		HasTS: s.Options&checkpoint.OptTimestamps != 0, ServerTS: s.Timestamp,
-		ClientFin: clientFin, ServerFin: serverFin,
+		ClientFin: clientFin, ServerFin: serverFin, Dialled: svc.dialled(s.Tuple),
 	}
 }
 

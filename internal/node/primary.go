@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -302,7 +301,7 @@ func (p *primary) leaveHost(why error) error {
 }
 
 func (p *primary) destroySockets() error {
-	_, err := tcpwrap.DestroySockets(p.where.netns, p.svc.VIP.Addr(), p.svc.Ports)
+	_, err := tcpwrap.DestroySockets(p.where.netns, p.svc.VIP.Addr(), p.svc.Ports, p.svc.Outgoing...)
 	return err
 }
 
@@ -317,17 +316,4 @@ func (p *primary) failClosed(err error) error {
 	_ = p.w.Close()
 	p.spared = true
 	return fmt.Errorf("%w; nothing of the service leaves this host until ftckpt protect is run again", err)
-}
-
-// hasVIP reports whether the tuple is one of the service's.
-func (s service) owns(server netip.AddrPort) bool {
-	if server.Addr() != s.VIP.Addr() {
-		return false
-	}
-	for _, port := range s.Ports {
-		if port == server.Port() {
-			return true
-		}
-	}
-	return false
 }

@@ -70,7 +70,7 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		where: place{pid: cfg.PID, dev: cfg.Dev, leave: func() error { return removeVIP(cfg) }},
 		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), criu: criu,
 		rules: &tcpwrap.Rules{
-			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Dev: svc.Dev, Mark: packetMark,
+			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Peers: svc.Outgoing, Dev: svc.Dev, Mark: packetMark,
 		},
 		exited: watch.Exited(),
 	})
@@ -101,7 +101,7 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 
 // examine finds out whether this process can be protected.
 func examine(cfg config.Protect) (service, error) {
-	svc := service{Name: cfg.Name, VIP: cfg.VIP, Ports: cfg.Ports, Dev: cfg.Dev, Interval: cfg.Interval}
+	svc := service{Name: cfg.Name, VIP: cfg.VIP, Ports: cfg.Ports, Outgoing: cfg.Outgoing, Dev: cfg.Dev, Interval: cfg.Interval}
 	target, err := check.InspectTarget(cfg.PID)
 	if err != nil {
 		return svc, exitcode.Wrap(exitcode.Unsuitable, err)

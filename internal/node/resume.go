@@ -125,7 +125,7 @@ func inCapsule(pid int, c *capsule.Capsule) place {
 // besides lo is its own.
 func capsuleRules(cfg config.Standby, svc service, c *capsule.Capsule) *tcpwrap.Rules {
 	return &tcpwrap.Rules{
-		Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports,
+		Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Peers: svc.Outgoing,
 		Mark: packetMark, NetNS: c.NetNS(),
 	}
 }

@@ -10,18 +10,26 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/ftckpt/ftckpt/internal/config"
+	"github.com/ftckpt/ftckpt/internal/remote"
+	"github.com/ftckpt/ftckpt/stream"
 )
 
 // service is what a standby has to know in order to run it; it travels in the
 // Hello record at the beginning of every epoch.
 type service struct {
-	Name     string        `json:"name"`
-	VIP      netip.Prefix  `json:"vip"`
-	Ports    []uint16      `json:"ports"`
-	Dev      string        `json:"dev"`      // the primary's interface; the capsule's gets the same name
-	Interval time.Duration `json:"interval"` // between generations, ns
+	Name  string       `json:"name"`
+	VIP   netip.Prefix `json:"vip"`
+	Ports []uint16     `json:"ports"`
+	Dev   string       `json:"dev"` // the primary's interface; the capsule's gets the same name
+	// Outgoing are the peers to which connections that the server opens from VIP
+	// are protected.
+	Outgoing []remote.Range `json:"outgoing,omitempty"`
+	Interval time.Duration  `json:"interval"` // between generations, ns
 	// Anew says that the epoch began with a server that ran already: what it did
 	// before is in no log, so no generation of an earlier epoch leads to it.
 	Anew bool `json:"anew,omitempty"`
@@ -42,12 +50,23 @@ func parseService(b []byte) (service, error) {
 		return s, fmt.Errorf("read the service's description: %w", err)
 	}
 	switch {
-	case !s.VIP.IsValid(), len(s.Ports) == 0, len(s.Ports) > 64, s.Interval < 0:
+	case !s.VIP.IsValid(), len(s.Ports) == 0, len(s.Ports) > 64, len(s.Outgoing) > config.MaxOutgoing, s.Interval < 0:
 		return s, fmt.Errorf("read the service's description: incomplete (%s)", b)
 	case s.Dev == "" || len(s.Dev) > 15 || strings.ContainsAny(s.Dev, "/ \t\n%"):
 		return s, fmt.Errorf("read the service's description: interface name %q", s.Dev)
 	}
 	return s, nil
+}
+
+// serves reports whether a tuple is a client's connection to the service.
+func (s service) serves(t stream.FourTuple) bool {
+	return t.Server.Addr() == s.VIP.Addr() && slices.Contains(s.Ports, t.Server.Port())
+}
+
+// dialled reports whether a tuple is a protected connection that the server
+// opened.
+func (s service) dialled(t stream.FourTuple) bool {
+	return t.Server.Addr() == s.VIP.Addr() && !s.serves(t) && remote.Any(s.Outgoing, t.Client)
 }
 
 // nodeID is this installation's name among the nodes of a service: the host's

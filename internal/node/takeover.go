@@ -248,7 +248,7 @@ func (r *recovery) plan() error {
 		if !ok || !carried(r.svc, k) {
 			continue
 		}
-		sv := replay.Survivor{Cut: cutOf(k)}
+		sv := replay.Survivor{Cut: cutOf(r.svc, k)}
 		sv.Cut.Conn = id
 		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
 		ln := r.ledger.Line(id)
