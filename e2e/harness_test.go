@@ -34,6 +34,13 @@ var ftckpt string
 
 func TestMain(m *testing.M) {
 	lab.Hook()
+	if len(os.Args) > 2 && os.Args[1] == ghostArg {
+		if err := ghost(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "ghost:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	os.Exit(run(m))
 }
 

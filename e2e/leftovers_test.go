@@ -121,6 +121,15 @@ func (w *world) unharmed(p *server) {
 	}
 }
 
+// stopped fails the test unless a server that was replaced stands still.
+func (w *world) stopped(p *server) {
+	w.Helper()
+	w.until("the server that was replaced stands still", func() bool {
+		state, _ := w.processState(p)
+		return state == "T"
+	})
+}
+
 // processState is the state letter of a server and the PID that traces it.
 func (w *world) processState(p *server) (state, tracer string) {
 	w.Helper()

@@ -38,7 +38,7 @@ func TestPartition(t *testing.T) {
 	l.finish()
 	w.silent(w.primary, cut)
 	w.gone(w.primary)
-	w.unharmed(redis) // what it does from here on is its owner's business
+	w.stopped(redis) // it must not go on doing what its successor does
 	if conns := w.connections(w.primary); len(conns) != 0 {
 		t.Errorf("the old server still has connections: %q", conns)
 	}
@@ -134,7 +134,7 @@ func TestSilentPartition(t *testing.T) {
 				w.silent(w.primary, healed) // what was lost before reached nobody
 			}
 			w.gone(w.primary)
-			w.unharmed(redis)
+			w.stopped(redis)
 		})
 	}
 }

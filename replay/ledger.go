@@ -51,8 +51,9 @@ type Ledger struct {
 	LastSeq  stream.StreamSeq
 	Gen      stream.Generation // newest; ID 0: none
 	GenAt    time.Time
-	Exited   bool // the server of this epoch is gone though its host lives
-	Released bool // the primary of this epoch ended protection on purpose
+	Exited   bool   // the server of this epoch is gone though its host lives
+	Released bool   // the primary of this epoch ended protection on purpose
+	Heir     string // node to which the primary of this epoch offers the service
 
 	lines map[stream.ConnID]*Line
 }
@@ -70,7 +71,7 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 	l.LastSeq = e.Seq
 	if e.Fence != nil {
 		l.Fence = *e.Fence
-		l.Exited, l.Released = false, false
+		l.Exited, l.Released, l.Heir = false, false, ""
 		return
 	}
 	l.Last = e.Pos
@@ -119,6 +120,8 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 		l.Exited = true
 	case stream.Goodbye:
 		l.Released = true
+	case stream.Handover:
+		l.Heir = r.Node
 	}
 }
 

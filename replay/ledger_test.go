@@ -88,14 +88,15 @@ func TestLedgerIntroduces(t *testing.T) {
 // What an epoch said of itself ends with it; what it said of connections does
 // not.
 func TestLedgerAcrossEpochs(t *testing.T) {
-	for _, last := range []stream.Record{stream.ServerExit{}, stream.Goodbye{}} {
+	for _, last := range []stream.Record{stream.ServerExit{}, stream.Goodbye{}, stream.Handover{Node: "b"}} {
 		l := ledgerOf(stream.Hello{Config: []byte("a")}, stream.ConnState{Conn: 1}, last)
 		_, exit := last.(stream.ServerExit)
-		if l.Exited != exit || l.Released == exit {
-			t.Errorf("%T: exited %v, released %v", last, l.Exited, l.Released)
+		_, bye := last.(stream.Goodbye)
+		if l.Exited != exit || l.Released != bye || (l.Heir == "b") == (exit || bye) {
+			t.Errorf("%T: exited %v, released %v, heir %q", last, l.Exited, l.Released, l.Heir)
 		}
 		l.Apply(time.Unix(9, 0), stream.Entry{Epoch: 2, Seq: 4, Pos: 3, Fence: &stream.Fence{Epoch: 2}})
-		if l.Exited || l.Released || l.Fence.Epoch != 2 || l.LastSeq != 4 || l.Last != 3 || l.Line(1) == nil || string(l.Config) != "a" {
+		if l.Exited || l.Released || l.Heir != "" || l.Fence.Epoch != 2 || l.LastSeq != 4 || l.Last != 3 || l.Line(1) == nil || string(l.Config) != "a" {
 			t.Errorf("after a fence: %+v", l)
 		}
 	}

@@ -78,6 +78,13 @@ func AppendRecord(dst []byte, r Record) ([]byte, error) {
 		return be.AppendUint64(appendSeq(appendSeq(dst, r.Base), r.Seq), r.Sum), nil
 	case Goodbye:
 		return appendHead(dst, KindGoodbye, 0), nil
+	case Handover:
+		if r.Node != "" {
+			if err := checkName("node", r.Node, maxNodeName); err != nil {
+				return dst, fmt.Errorf("%w record: %w", ErrInvalid, err)
+			}
+		}
+		return append(appendHead(dst, KindHandover, len(r.Node)), r.Node...), nil
 	case Hello:
 		if len(r.Config) > MaxConfig {
 			return dst, fmt.Errorf("%w record: %d octets of configuration", ErrInvalid, len(r.Config))
@@ -187,6 +194,10 @@ func decodeBody(kind Kind, b []byte) (Record, error) {
 		r = OutDigest{Conn: ConnID(c.u64()), Base: c.seq(), Seq: c.seq(), Sum: c.u64()}
 	case KindGoodbye:
 		r = Goodbye{}
+	case KindHandover:
+		h := Handover{Node: string(c.rest(maxNodeName))}
+		c.bad = c.bad || h.Node != "" && checkName("node", h.Node, maxNodeName) != nil
+		r = h
 	case KindHello:
 		r = Hello{Config: c.rest(MaxConfig)}
 	default:

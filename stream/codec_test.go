@@ -68,6 +68,8 @@ func oneOfEach() []Record {
 		ConnEnd{Conn: 2, Reason: EndQuarantine},
 		Generation{ID: 3, Manifest: Sum([]byte("manifest")), Cut: 1 << 40, From: 1 << 39, FromSeq: 77},
 		ServerExit{Status: 0x8b},
+		Handover{Node: "node-b"},
+		Handover{},
 	}
 }
 
@@ -146,6 +148,7 @@ func TestEncodeRefuses(t *testing.T) {
 	long := make([]byte, MaxOptions+1)
 	for name, r := range map[string]Record{
 		"payload too long": Bytes{Payload: make([]byte, MaxPayload+1)},
+		"a node's name":    Handover{Node: "no name"},
 		"config too long":  Hello{Config: make([]byte, MaxConfig+1)},
 		"options":          ConnOpen{Tuple: tuple, Options: long},
 		"accept options":   ConnAccept{Options: long},

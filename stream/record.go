@@ -52,6 +52,7 @@ const (
 	KindGoodbye     Kind = 11
 	KindConnDial    Kind = 14
 	KindConnAnswer  Kind = 15
+	KindHandover    Kind = 16
 	KindOutDigest   Kind = 32
 )
 
@@ -186,6 +187,16 @@ func (OutDigest) Kind() Kind { return KindOutDigest }
 // server running: its silence from here on is no failure, and a standby must
 // not take over.
 type Goodbye struct{}
+
+// Handover says that the primary holds everything back and that Node is to take
+// over now, on an operator's request. A later one with no Node takes that back.
+// It is an offer, no licence: the fence decides, as ever.
+type Handover struct {
+	Node string // a node's name, or "" to take the offer back
+}
+
+// Kind implements Record.
+func (Handover) Kind() Kind { return KindHandover }
 
 // Kind implements Record.
 func (Goodbye) Kind() Kind { return KindGoodbye }

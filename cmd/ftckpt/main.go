@@ -94,6 +94,7 @@ process cannot be protected, 5 running but unprotected, 6 fenced.`,
 		a.logserverCmd(),
 		a.statusCmd(),
 		a.checkpointCmd(),
+		a.failoverCmd(),
 		a.demoCmd(),
 		a.versionCmd(),
 	)
@@ -160,7 +161,7 @@ func helpCmd() *cobra.Command {
 // refused by name, and in no help.
 func laterCmds() []*cobra.Command {
 	var cmds []*cobra.Command
-	for _, name := range []string{"run", "failover", "inspect"} {
+	for _, name := range []string{"run", "inspect"} {
 		cmds = append(cmds, &cobra.Command{
 			Use:                name,
 			Hidden:             true,

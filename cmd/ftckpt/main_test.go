@@ -45,7 +45,6 @@ func TestRefusals(t *testing.T) {
 
 		{"run -- redis-server", nil, 2, `run: this version does not have this command yet`},
 		{"run --pid 7", nil, 2, `run: this version does not have this command yet`},
-		{"failover --dry-run", nil, 2, `failover: this version does not have this command yet`},
 		{"inspect log", nil, 2, `inspect: this version does not have this command yet`},
 		{good + " --join J --commit ack", nil, 2, `invalid argument "ack" for "--commit" flag: not in this version yet; it has log (see "ftckpt protect --help")`},
 		{good + " --join J --commit checkpoint", nil, 2, `invalid argument "checkpoint" for "--commit" flag: not in this version yet; it has log (see "ftckpt protect --help")`},
@@ -113,7 +112,7 @@ func TestHelp(t *testing.T) {
 		if code != 0 || errs != "" || !strings.Contains(out, "Usage:") {
 			t.Errorf("%q: exit status %d, stderr %q, stdout %q", args, code, errs, out)
 		}
-		for _, hidden := range []string{"\n  failover", "\n  run ", "\n  inspect", "schedule", "lab-host", "capsule-init"} {
+		for _, hidden := range []string{"\n  run ", "\n  inspect", "schedule", "lab-host", "capsule-init"} {
 			if strings.Contains(out, hidden) {
 				t.Errorf("%q shows %q, which this version does not have", args, hidden)
 			}

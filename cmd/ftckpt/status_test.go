@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -36,6 +37,14 @@ type daemonStub struct {
 func (d daemonStub) Status() control.Status { return d.status }
 func (d daemonStub) Checkpoint(context.Context) (control.CheckpointResult, error) {
 	return control.CheckpointResult{ID: 7, Bytes: 10485760, PauseUS: 8123}, d.err
+}
+
+func (d daemonStub) Failover(_ context.Context, req control.FailoverRequest) (control.FailoverResult, error) {
+	res := control.FailoverResult{DryRun: req.DryRun, To: "b", Generation: 7}
+	if !req.DryRun {
+		res.StallUS = 90123
+	}
+	return res, d.err
 }
 
 func serve(t *testing.T, dir string, d daemonStub) {
@@ -200,6 +209,36 @@ func TestCheckpoint(t *testing.T) {
 	}
 	code, out, errs = invoke(t.Context(), nil, "checkpoint", "--run-dir", dir, "--name", "fenced")
 	if want := "ftckpt: fenced: node b is the primary\n"; code != 6 || out != "" || errs != want {
+		t.Errorf("exit status %d, stdout %q, stderr %q", code, out, errs)
+	}
+}
+
+func TestFailover(t *testing.T) {
+	dir := t.TempDir()
+	serve(t, dir, daemonStub{status: sound("redis")})
+	for _, c := range []struct{ flag, want string }{
+		{"", "to=b generation=7 stall_us=90123\n"},
+		{"--dry-run", "would move to=b generation=7\n"},
+	} {
+		args := []string{"failover", "--run-dir", dir}
+		if c.flag != "" {
+			args = append(args, c.flag)
+		}
+		if code, out, errs := invoke(t.Context(), nil, args...); code != 0 || out != c.want || errs != "" {
+			t.Errorf("%q: exit status %d, stdout %q, stderr %q", args, code, out, errs)
+		}
+	}
+	code, out, _ := invoke(t.Context(), nil, "failover", "--run-dir", dir, "--json")
+	var res control.FailoverResult
+	decode(t, out, &res)
+	if want := (control.FailoverResult{To: "b", Generation: 7, StallUS: 90123}); code != 0 || res != want {
+		t.Errorf("exit status %d, result %+v", code, res)
+	}
+
+	other := t.TempDir()
+	serve(t, other, daemonStub{status: sound("alone"), err: errors.New("cannot move the service: no standby is there")})
+	code, out, errs := invoke(t.Context(), nil, "failover", "--run-dir", other)
+	if want := "ftckpt: alone: cannot move the service: no standby is there\n"; code != 1 || out != "" || errs != want {
 		t.Errorf("exit status %d, stdout %q, stderr %q", code, out, errs)
 	}
 }

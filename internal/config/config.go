@@ -44,6 +44,9 @@ const (
 // Values of the settings that are a choice.
 const (
 	CommitLog        = "log"
+	FencedStop       = "stop"
+	FencedKill       = "kill"
+	FencedLeave      = "leave"
 	OnCrashFailover  = "failover"
 	ModeCold         = "cold"
 	ModeWarm         = "warm"
@@ -86,6 +89,7 @@ type Protect struct {
 	Interval time.Duration  // between generations; 0: only when asked (ftckpt checkpoint)
 	Commit   string         // CommitLog
 	OnCrash  string         // OnCrashFailover
+	Fenced   string         // FencedStop, FencedKill or FencedLeave: what becomes of a server that was replaced
 }
 
 // Standby are the settings of ftckpt standby.

@@ -39,6 +39,9 @@ func (p *Protect) Flags(fs *pflag.FlagSet) {
 	fs.Var(&choice{dst: &p.Commit, now: []string{CommitLog}, later: []string{"ack", "checkpoint"}}, "commit", "when output may leave: `log`, once all it depends on is stable")
 	p.OnCrash = OnCrashFailover
 	fs.Var(&choice{dst: &p.OnCrash, now: []string{OnCrashFailover}, later: []string{"local"}}, "on-crash", "what follows the server's death: `failover`, to a standby")
+	p.Fenced = FencedStop
+	fs.Var(&choice{dst: &p.Fenced, now: []string{FencedStop, FencedKill, FencedLeave}}, "fenced-server",
+		"`stop|kill|leave` the server here once another node has taken the service over: SIGSTOP, SIGKILL, or nothing")
 	fs.Var(later{}, "schedule", "")
 	if err := fs.MarkHidden("schedule"); err != nil {
 		panic(err) // it was added one line above

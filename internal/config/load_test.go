@@ -47,6 +47,7 @@ func defaults() Protect {
 		Interval: DefaultInterval,
 		Commit:   CommitLog,
 		OnCrash:  OnCrashFailover,
+		Fenced:   FencedStop,
 	}
 }
 

@@ -42,7 +42,7 @@ func Services(runDir string) ([]string, error) {
 func GetStatus(ctx context.Context, runDir, name string) (Status, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, ioTimeout, fmt.Errorf("no answer within %v: the daemon is stuck", ioTimeout))
 	defer cancel()
-	a, err := roundTrip(ctx, runDir, name, opStatus)
+	a, err := roundTrip(ctx, runDir, name, request{Op: opStatus})
 	if err != nil {
 		return Status{}, err
 	}
@@ -56,7 +56,7 @@ func GetStatus(ctx context.Context, runDir, name string) (Status, error) {
 // it is stable; only ctx bounds how long. An error that the daemon returned
 // keeps its exit status.
 func Checkpoint(ctx context.Context, runDir, name string) (CheckpointResult, error) {
-	a, err := roundTrip(ctx, runDir, name, opCheckpoint)
+	a, err := roundTrip(ctx, runDir, name, request{Op: opCheckpoint})
 	if err != nil {
 		return CheckpointResult{}, err
 	}
@@ -66,7 +66,21 @@ func Checkpoint(ctx context.Context, runDir, name string) (CheckpointResult, err
 	return *a.Checkpoint, nil
 }
 
-func roundTrip(ctx context.Context, runDir, name, op string) (answer, error) {
+// Failover asks the daemon of service name for a planned move and waits until
+// it has happened or has not; only ctx bounds how long.
+func Failover(ctx context.Context, runDir, name string, req FailoverRequest) (FailoverResult, error) {
+	a, err := roundTrip(ctx, runDir, name, request{Op: opFailover, Failover: &req})
+	if err != nil {
+		return FailoverResult{}, err
+	}
+	if a.Failover == nil {
+		return FailoverResult{}, fmt.Errorf("ask %s for a failover: the answer has none", name)
+	}
+	return *a.Failover, nil
+}
+
+func roundTrip(ctx context.Context, runDir, name string, req request) (answer, error) {
+	req.V = Version
 	path := socketPath(runDir, name)
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", path)
@@ -81,13 +95,13 @@ func roundTrip(ctx context.Context, runDir, name, op string) (answer, error) {
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	if err := writeLine(c, request{V: Version, Op: op}); err != nil && !errors.Is(err, syscall.EPIPE) {
-		return answer{}, fmt.Errorf("ask %s for %s: %w", name, op, because(ctx, err))
+	if err := writeLine(c, req); err != nil && !errors.Is(err, syscall.EPIPE) {
+		return answer{}, fmt.Errorf("ask %s for %s: %w", name, req.Op, because(ctx, err))
 	}
 	// A server that was too busy to read has answered all the same.
 	var a answer
 	if err := readLine(c, maxAnswer, &a); err != nil {
-		return answer{}, fmt.Errorf("answer of %s to %s: %w", name, op, because(ctx, err))
+		return answer{}, fmt.Errorf("answer of %s to %s: %w", name, req.Op, because(ctx, err))
 	}
 	switch {
 	case a.V != Version:

@@ -47,6 +47,10 @@ func (f *fake) Checkpoint(ctx context.Context) (CheckpointResult, error) {
 	return CheckpointResult{ID: 7, Bytes: 1 << 20, PauseUS: 8123}, f.err
 }
 
+func (f *fake) Failover(_ context.Context, req FailoverRequest) (FailoverResult, error) {
+	return FailoverResult{DryRun: req.DryRun, To: "b" + req.To, Generation: 7, StallUS: 90_000}, f.err
+}
+
 var quiet = slog.New(slog.DiscardHandler)
 
 // start serves h as "redis" in a new run directory until the test's end.
@@ -106,6 +110,13 @@ func TestRoundTrip(t *testing.T) {
 	res, err := Checkpoint(t.Context(), dir, "redis")
 	if err != nil {
 		t.Fatal(err)
+	}
+	moved, err := Failover(t.Context(), dir, "redis", FailoverRequest{DryRun: true, To: "-c"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(FailoverResult{DryRun: true, To: "b-c", Generation: 7, StallUS: 90_000}, moved); d != "" {
+		t.Errorf("failover (-want +got):\n%s", d)
 	}
 	if d := cmp.Diff(CheckpointResult{ID: 7, Bytes: 1 << 20, PauseUS: 8123}, res); d != "" {
 		t.Error(d)
@@ -449,7 +460,7 @@ func FuzzRequest(f *testing.F) {
 	f.Add([]byte(`{"v":1,"op":"status"}` + "\n"))
 	f.Add([]byte("{}"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		s := &Server{log: quiet, ckpt: make(chan struct{}, 1)}
+		s := &Server{log: quiet, busy: make(chan struct{}, 1)}
 		var req request
 		if err := readLine(bytes.NewReader(b), maxRequest, &req); err != nil {
 			return

@@ -2,7 +2,7 @@
 // socket for each service in the run directory, one JSON line each way.
 //
 // A request is {"v":1,"op":"status"}; an answer is {"v":1,"status":{...}},
-// {"v":1,"checkpoint":{...}} or {"v":1,"error":{"code":1,"message":"..."}},
+// {"v":1,"checkpoint":{...}}, {"v":1,"failover":{...}} or {"v":1,"error":{"code":1,"message":"..."}},
 // the code being the exit status for the command that asked. Then the server
 // closes. The socket's mode is 0600: who may connect may do everything.
 //
@@ -37,17 +37,21 @@ const (
 const (
 	opStatus     = "status"
 	opCheckpoint = "checkpoint"
+	opFailover   = "failover"
 )
 
 type request struct {
 	V  int    `json:"v"`
 	Op string `json:"op"`
+
+	Failover *FailoverRequest `json:"failover,omitempty"`
 }
 
 type answer struct {
 	V          int               `json:"v"`
 	Status     *Status           `json:"status,omitempty"`
 	Checkpoint *CheckpointResult `json:"checkpoint,omitempty"`
+	Failover   *FailoverResult   `json:"failover,omitempty"`
 	Error      *remoteError      `json:"error,omitempty"`
 }
 

@@ -26,7 +26,7 @@ const (
 )
 
 // Handler is the daemon behind a socket. Its methods are called from several
-// goroutines at once, Checkpoint from one at a time.
+// goroutines at once, Checkpoint and Failover from one at a time.
 type Handler interface {
 	// Status must not wait for anything slow: it is asked every second.
 	Status() Status
@@ -34,6 +34,9 @@ type Handler interface {
 	// with the server, not with the client that asked: half a generation is
 	// worse than one nobody waits for. An error's exitcode is passed on.
 	Checkpoint(ctx context.Context) (CheckpointResult, error)
+	// Failover gives the service to another node, and returns when it is live
+	// there or stays here. Its context is as Checkpoint's.
+	Failover(ctx context.Context, req FailoverRequest) (FailoverResult, error)
 }
 
 // Server is a listening control socket. It holds the service's lock in its
@@ -44,7 +47,7 @@ type Server struct {
 	ln    net.Listener
 	log   *slog.Logger
 	slots chan struct{}
-	ckpt  chan struct{} // one token: a checkpoint on request is under way
+	busy  chan struct{} // one token: a checkpoint or a failover on request is under way
 	conns sync.WaitGroup
 }
 
@@ -75,7 +78,7 @@ func Listen(runDir, name string, log *slog.Logger) (*Server, error) {
 		ln:    ln,
 		log:   log,
 		slots: make(chan struct{}, maxConns),
-		ckpt:  make(chan struct{}, 1),
+		busy:  make(chan struct{}, 1),
 	}, nil
 }
 
@@ -212,21 +215,39 @@ func (s *Server) do(ctx context.Context, req request, h Handler) answer {
 	case opStatus:
 		st := h.Status().normal()
 		return answer{V: Version, Status: &st}
-	case opCheckpoint:
+	case opCheckpoint, opFailover:
 		select {
-		case s.ckpt <- struct{}{}:
-			defer func() { <-s.ckpt }()
+		case s.busy <- struct{}{}:
+			defer func() { <-s.busy }()
 		default:
-			return failure(errors.New("a checkpoint that was asked for is already under way"))
+			return failure(errors.New("a checkpoint or failover that was asked for is already under way"))
 		}
-		res, err := h.Checkpoint(ctx)
-		if err != nil {
-			return failure(err)
-		}
-		return answer{V: Version, Checkpoint: &res}
+		return s.change(ctx, req, h)
 	default:
 		return failure(fmt.Errorf("unknown request %.32q", req.Op))
 	}
+}
+
+// change does what takes a while and must not be done twice at once.
+func (s *Server) change(ctx context.Context, req request, h Handler) answer {
+	a := answer{V: Version}
+	var err error
+	if req.Op == opCheckpoint {
+		var res CheckpointResult
+		res, err = h.Checkpoint(ctx)
+		a.Checkpoint = &res
+	} else {
+		var res FailoverResult
+		if req.Failover == nil {
+			return failure(errors.New("a failover request without its settings"))
+		}
+		res, err = h.Failover(ctx, *req.Failover)
+		a.Failover = &res
+	}
+	if err != nil {
+		return failure(err)
+	}
+	return a
 }
 
 // Close removes the socket and gives up the lock. It does not wait for Serve.

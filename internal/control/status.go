@@ -142,6 +142,20 @@ func (s Status) normal() Status {
 	return s
 }
 
+// FailoverRequest asks for a planned move.
+type FailoverRequest struct {
+	DryRun bool   `json:"dry_run"`
+	To     string `json:"to,omitempty"` // node; "" for the one that is furthest along
+}
+
+// FailoverResult is a planned move that was made, or with a dry run could be.
+type FailoverResult struct {
+	DryRun     bool   `json:"dry_run"`
+	To         string `json:"to"`                 // the node that takes over
+	Generation uint64 `json:"generation"`         // with which it begins; that of now in a dry run
+	StallUS    int64  `json:"stall_us,omitempty"` // from holding clients here to being live there, as seen from here
+}
+
 // CheckpointResult is a generation that became stable on request.
 type CheckpointResult struct {
 	ID      uint64 `json:"id"`

@@ -20,6 +20,9 @@ import (
 // end; CRIU then lets go of the server and the generation has failed.
 const dumpTimeout = 60 * time.Second
 
+// errServerGone answers what is asked of a server that has died meanwhile.
+var errServerGone = errors.New("the server process is gone")
+
 // laggardTime is how long a generation waits for connections that lag.
 const laggardTime = 10 * time.Second
 
@@ -267,10 +270,11 @@ func (p *primary) publish(ctx context.Context, m checkpoint.Manifest, at time.Ti
 
 // stableTo waits until the log is stable up to pos.
 func (p *primary) stableTo(ctx context.Context, pos stream.Position) error {
-	for p.w.Stable() < pos {
-		if err := p.w.Drain(ctx); err != nil {
-			return fmt.Errorf("wait for the log: %w", err)
-		}
+	if err := p.w.Drain(ctx); err != nil {
+		return fmt.Errorf("wait for the log: %w", err)
+	}
+	if p.w.Stable() < pos { // a writer that has ended takes no record, and has nothing to drain
+		return fmt.Errorf("wait for the log: it did not take record %d: %w", pos, p.w.State().Err)
 	}
 	return nil
 }
@@ -319,7 +323,7 @@ func (p *primary) Checkpoint(ctx context.Context) (control.CheckpointResult, err
 	select {
 	case p.wanted <- wanted{answer}:
 	case <-p.exited:
-		return control.CheckpointResult{}, errors.New("the server process is gone")
+		return control.CheckpointResult{}, errServerGone
 	case <-ctx.Done():
 		return control.CheckpointResult{}, ctx.Err()
 	}

@@ -58,6 +58,7 @@ type primary struct {
 	exited <-chan struct{} // the server process is gone
 	ended  chan error      // the log or the queue ended
 	wanted chan wanted     // generations on request
+	moves  chan move       // planned moves on request
 
 	mu       sync.Mutex
 	gen      taken
@@ -73,11 +74,17 @@ type primary struct {
 	lowSpace    time.Time // when a standby last said that its log is low on space
 	divergences uint64    // connections on which the restored server said something else
 	spared      bool      // run has ended and the server lives on
+
+	fencedServer string           // config.FencedStop and so on: what becomes of it once it is replaced
+	moving       sync.WaitGroup   // a planned move is under way
+	heir         string           // node that was offered the service
+	succeeded    chan stream.Beat // heartbeats of a primary after us
 }
 
 // newPrimary makes p, whose parts the caller has given, ready to run.
 func newPrimary(p *primary) *primary {
 	p.ended, p.wanted = make(chan error, 1), make(chan wanted)
+	p.moves, p.succeeded = make(chan move), make(chan stream.Beat, 1)
 	p.standbys, p.seen = map[string]control.Standby{}, map[string]time.Time{}
 	p.role = control.RolePrimary
 	return p
@@ -125,7 +132,9 @@ func (p *primary) run(ctx context.Context) error {
 		return p.serverGone()
 	case err := <-p.ended:
 		if roles.AfterEnd(err) == roles.Leave {
-			return p.fenced()
+			err := p.fenced()
+			p.moving.Wait() // whoever asked for a handover is told how it ended
+			return err
 		}
 		// The south side has stopped; nothing of the service leaves. A standby
 		// takes over as for a dead host.
@@ -177,6 +186,11 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 				return
 			case req := <-p.wanted:
 				answer = req.answer
+			case m := <-p.moves:
+				p.moving.Add(1)
+				m.answer <- p.handOver(ctx, m.req)
+				p.moving.Done()
+				continue
 			case <-next.C:
 			case <-look.C:
 				why := room.urgent(ctx, p, time.Now())
@@ -270,6 +284,10 @@ func (p *primary) serverGone() error {
 func (p *primary) fenced() error {
 	p.drv.with(func() { p.drv.machine.Stop() })
 	p.setRole(control.RoleFenced)
+	if heir := p.offered(); heir != "" {
+		p.log.Info("handed over: nothing of this server leaves any more", "to", heir, "epoch", p.w.Epoch())
+		return p.leaveHost(nil)
+	}
 	p.log.Error("fenced: another node is the primary; nothing of this server leaves any more", "epoch", p.w.Epoch())
 	return p.leaveHost(exitcode.Errorf(exitcode.Fenced, "fenced: another node has taken over epoch %d", p.w.Epoch()))
 }
@@ -284,6 +302,7 @@ func (p *primary) leaveHost(why error) error {
 		{"block the service", p.rules.Block},
 		{"remove the address", p.where.leave},
 		{"destroy the service's sockets", p.destroySockets},
+		{"end the server", p.endServer},
 		{"remove the rules", p.rules.Remove},
 	}
 	for _, s := range steps {

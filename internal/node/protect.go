@@ -72,7 +72,7 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		rules: &tcpwrap.Rules{
 			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Peers: svc.Outgoing, Dev: svc.Dev, Mark: packetMark,
 		},
-		exited: watch.Exited(),
+		exited: watch.Exited(), fencedServer: cfg.Fenced,
 	})
 	if p.dir, err = imageDir(cfg.Common, cfg.Name+"-primary"); err != nil {
 		return err
@@ -89,14 +89,25 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	if err := p.claim(ctx, watch, prev); err != nil {
 		return err
 	}
-	sctx, stop := context.WithCancel(ctx)
-	defer stop()
+	defer answer(ctx, ctl, p, log)()
+	return p.run(ctx)
+}
+
+// answer serves a control socket until ctx ends or end is called, which waits
+// for answers under way.
+func answer(ctx context.Context, ctl *control.Server, h control.Handler, log *slog.Logger) (end func()) {
+	ctx, stop := context.WithCancel(ctx)
+	served := make(chan struct{})
 	go func() {
-		if err := ctl.Serve(sctx, p); err != nil && sctx.Err() == nil {
+		defer close(served)
+		if err := ctl.Serve(ctx, h); err != nil && ctx.Err() == nil {
 			log.Error("control socket", "err", err)
 		}
 	}()
-	return p.run(ctx)
+	return func() {
+		stop()
+		<-served
+	}
 }
 
 // examine finds out whether this process can be protected.

@@ -121,11 +121,7 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	go func() {
-		if err := ctl.Serve(ctx, s); err != nil && ctx.Err() == nil {
-			log.Error("control socket", "err", err)
-		}
-	}()
+	defer answer(ctx, ctl, s, log)()
 	line := "standing by"
 	if s.srv != nil {
 		line = "join: " + s.srv.JoinString()
@@ -374,6 +370,7 @@ func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	defer s.mu.Unlock()
 	return s.judge.Reason(now, roles.Situation{
 		Epoch: s.ledger.Fence.Epoch, Usable: s.usable(), Released: s.ledger.Released, Exited: s.ledger.Exited,
+		Offered: s.ledger.Heir == s.node,
 	})
 }
 

@@ -35,7 +35,14 @@ func (p *primary) beat() []byte {
 
 // heard is called for every heartbeat.
 func (p *primary) heard(b stream.Beat) {
-	if b.Role != roles.Standby || b.Node == p.node {
+	if b.Node == p.node {
+		return
+	}
+	if b.Role == roles.Primary {
+		p.heardOther(b)
+		return
+	}
+	if b.Role != roles.Standby {
 		return
 	}
 	var sb standbyBeat

@@ -73,6 +73,37 @@ func InnerPID(pid int) (int, error) {
 	return strconv.Atoi(f[len(f)-1])
 }
 
+// Tree lists a process and its descendants, parents first. It is a snapshot: a
+// process may fork or end meanwhile.
+func Tree(root int) ([]int, error) {
+	if _, err := Stat(root); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	children := map[int][]int{}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		f, err := Stat(pid)
+		if err != nil {
+			continue // it has ended
+		}
+		if parent, err := strconv.Atoi(f[PPID]); err == nil {
+			children[parent] = append(children[parent], pid)
+		}
+	}
+	tree := []int{root}
+	for i := 0; i < len(tree); i++ {
+		tree = append(tree, children[tree[i]]...)
+	}
+	return tree, nil
+}
+
 // Gone reports whether err says that there is no such process.
 func Gone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH)

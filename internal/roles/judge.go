@@ -106,6 +106,7 @@ type Situation struct {
 	Usable   bool         // a generation is here, and the log leads from it to the present
 	Released bool         // the primary of this epoch ended protection on purpose
 	Exited   bool         // its server is gone though its host lives
+	Offered  bool         // it holds everything back and waits for us to take over
 }
 
 // Reason says why this node should take over now, and since when the primary has
@@ -116,6 +117,9 @@ func (j *Judge) Reason(now time.Time, s Situation) (why string, since time.Time)
 	}
 	if s.Exited {
 		return "the server process has died", now
+	}
+	if s.Offered {
+		return "the primary hands over", now
 	}
 	if now.Before(j.spare) && j.watching != "" {
 		j.detector.Observe(now)

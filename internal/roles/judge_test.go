@@ -121,6 +121,16 @@ func TestJudge(t *testing.T) {
 			s.at.Exited = true
 			return s.pass(time.Minute)
 		}, tick, tick},
+		{"the primary hands over: nothing to wait for", func(s *tale) time.Duration {
+			s.pass(5 * time.Second)
+			s.at.Offered = true
+			return s.pass(time.Minute)
+		}, tick, tick},
+		{"it hands over to one that has nothing to take over with", func(s *tale) time.Duration {
+			s.pass(5 * time.Second)
+			s.at.Offered, s.at.Usable = true, false
+			return s.pass(time.Minute)
+		}, never, never},
 		{"the primary said goodbye", func(s *tale) time.Duration {
 			s.pass(5 * time.Second)
 			s.from, s.at.Released = false, true
