@@ -99,3 +99,38 @@ func TestNoTakeoverFromThePast(t *testing.T) {
 	w.takenOver(w.standby, 0)
 	w.check(k.get("unlogged", []byte("yes")))
 }
+
+// A server that ends because its users want it to (exit status 0) has ended:
+// clients hear of it from its TCP, and no standby brings it back.
+func TestServerEndsByItself(t *testing.T) {
+	for _, where := range []string{"primary", "capsule"} {
+		t.Run(where, func(t *testing.T) {
+			w := newWorld(t)
+			_, ends, standby, log := w.trio()
+			w.checkpoint(w.primary, w.standby)
+			other := w.standby
+			if where == "capsule" {
+				w.failover(w.primary)
+				w.takenOver(w.standby, 0)
+				ends.exits(exitcode.OK)
+				w.startStandby(w.primary, log.join)
+				ends, other = standby, w.primary
+				w.untilStatus(w.standby, "the new primary is protected", func(s control.Status) bool { return s.Protected })
+			}
+			idle, k := w.dial(), w.dial()
+			w.must(k.send(command("SHUTDOWN", "NOSAVE")))
+			asked := time.Now()
+			w.check(idle.ends(), k.ends())
+			ends.exits(exitcode.OK)
+			if !strings.Contains(ends.said(), "the server has ended by itself") {
+				t.Errorf("the agent does not say why it ended: %s", ends.said())
+			}
+			for time.Since(asked) < time.Second { // five times the silence of a dead primary
+				if s, ok := w.status(other); !ok || s.Role != control.RoleStandby || s.Reason != "the primary ended protection on purpose" {
+					t.Fatalf("status of the standby: %+v", s)
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+		})
+	}
+}

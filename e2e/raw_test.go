@@ -105,6 +105,15 @@ func (k *raw) quiet() error {
 	return nil
 }
 
+// ends waits for the server's end of the stream: a FIN, and no reset.
+func (k *raw) ends() error {
+	_ = k.c.SetReadDeadline(time.Now().Add(patience))
+	if b, err := k.r.ReadByte(); !errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s: want the end of the stream, got %q, %w", k.name(), b, err)
+	}
+	return nil
+}
+
 // noise is n bytes that follow from a seed.
 func noise(seed uint64, n int) []byte {
 	var key [32]byte

@@ -15,6 +15,16 @@ import (
 // and RSTs of its sockets. Neither the pidfd nor the state says so that early.
 const pfExiting = 0x4
 
+// Life is how far a process has come.
+type Life uint8
+
+// The stages of a life.
+const (
+	Alive Life = iota
+	Ended      // it exits, or has exited, by itself and with status 0: an end that it wanted
+	Died       // it exits, or has exited, in any other way, or in one that cannot be told
+)
+
 // ProcWatch watches one process. It holds on to the process, not to its
 // number: it is never mistaken when the kernel gives the number to another.
 type ProcWatch struct {
@@ -27,7 +37,7 @@ type ProcWatch struct {
 
 	mu     sync.Mutex
 	closed bool
-	buf    [1024]byte // of Dying
+	buf    [1024]byte // of Life
 }
 
 // WatchProc watches the process pid. The error wraps unix.ESRCH when there is
@@ -59,21 +69,39 @@ func WatchProc(pid int) (*ProcWatch, error) {
 // Exited is closed when the process has exited: later than Dying sees it.
 func (w *ProcWatch) Exited() <-chan struct{} { return w.exited }
 
-// Dying reports whether the process is exiting, a zombie or gone. One read of
-// procfs, no allocation. After Close it answers true.
-func (w *ProcWatch) Dying() bool {
+// Dying reports whether the process is going down otherwise than by its own
+// will: what its kernel then says to its peers is not the server's word.
+func (w *ProcWatch) Dying() bool { return w.Life() == Died }
+
+// Life reports how far the process has come, as soon as its kernel knows: before
+// its files are closed. One read of procfs, no allocation. After Close it
+// answers Died.
+func (w *ProcWatch) Life() Life {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed {
-		return true
+		return Died
 	}
 	for {
 		n, err := unix.Pread(w.stat, w.buf[:], 0)
-		if errors.Is(err, unix.EINTR) {
+		switch {
+		case errors.Is(err, unix.EINTR):
 			continue
+		case err != nil:
+			return w.afterlife()
 		}
-		return err != nil || dyingStat(w.buf[:n])
+		return lifeIn(w.buf[:n])
 	}
+}
+
+// afterlife asks for the status of a process that its parent has waited for
+// (Linux 6.15; what an older kernel has forgotten counts as Died).
+func (w *ProcWatch) afterlife() Life {
+	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
+	if w.pidfd < 0 || unix.IoctlPidfdInfo(w.pidfd, &info) != nil || info.Mask&unix.PIDFD_INFO_EXIT == 0 || info.Exit_code != 0 {
+		return Died
+	}
+	return Ended
 }
 
 // Close stops watching. It does not touch the process.
@@ -124,34 +152,48 @@ func Dying(pid int) bool {
 		return true
 	}
 	defer unix.Close(fd)
-	w := ProcWatch{stat: fd}
-	return w.Dying()
+	w := ProcWatch{stat: fd, pidfd: -1}
+	return w.Life() != Alive
 }
 
-// dyingStat reads a line of /proc/PID/stat (proc_pid_stat(5)): state is field
-// 3, flags field 9, counted after the command's closing parenthesis, for the
-// command may hold anything. What cannot be read counts as dying: the one who
-// asks then drops a FIN instead of showing it to a client.
-func dyingStat(b []byte) bool {
+// lifeIn reads a line of /proc/PID/stat (proc_pid_stat(5)): state is field 3,
+// flags field 9, the exit code the last one, counted after the command's closing
+// parenthesis, for the command may hold anything. The exit code is that of the
+// whole process, set before its files are closed. What cannot be read counts as
+// Died: the one who asks then drops a FIN instead of showing it to a client.
+func lifeIn(b []byte) Life {
 	i := bytes.LastIndexByte(b, ')')
 	if i < 0 || i+2 >= len(b) {
-		return true
+		return Died
 	}
-	b = b[i+2:]
-	if b[0] == 'Z' || b[0] == 'X' {
-		return true
-	}
+	b = bytes.TrimRight(b[i+2:], "\n")
+	going := b[0] == 'Z' || b[0] == 'X'
+	rest := b
 	for range 6 {
-		sp := bytes.IndexByte(b, ' ')
+		sp := bytes.IndexByte(rest, ' ')
 		if sp < 0 {
-			return true
+			return Died
 		}
-		b = b[sp+1:]
+		rest = rest[sp+1:]
 	}
 	var flags uint64
 	digits := 0
-	for ; digits < len(b) && b[digits] >= '0' && b[digits] <= '9'; digits++ {
-		flags = flags*10 + uint64(b[digits]-'0')
+	for ; digits < len(rest) && rest[digits] >= '0' && rest[digits] <= '9'; digits++ {
+		flags = flags*10 + uint64(rest[digits]-'0')
 	}
-	return digits == 0 || flags&pfExiting != 0
+	switch {
+	case digits == 0:
+		return Died
+	case !going && flags&pfExiting == 0:
+		return Alive
+	case bytes.Count(b, []byte(" ")) == exitCode-stateField && bytes.HasSuffix(b, []byte(" 0")):
+		return Ended
+	}
+	return Died
 }
+
+// Fields of /proc/PID/stat, counted from 1.
+const (
+	stateField = 3
+	exitCode   = 52
+)

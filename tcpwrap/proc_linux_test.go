@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -17,25 +18,70 @@ import (
 
 func afterDeadline() time.Time { return time.Now().Add(deadline) }
 
-func TestDyingStat(t *testing.T) {
+func TestLifeIn(t *testing.T) {
+	fill := strings.Repeat(" 0", 42) // fields 10 to 51
 	for _, c := range []struct {
 		stat string
-		want bool
+		want Life
 	}{
-		{"1 (sh) S 0 1 1 0 -1 4194560 1 2 3", false},
-		{"1 (sh) R 0 1 1 0 -1 4194564 1 2 3", true}, // PF_EXITING
-		{"1 (sh) Z 0 1 1 0 -1 4194560 1 2 3", true}, // zombie
-		{"1 (sh) X 0 1 1 0 -1 4194560 1 2 3", true}, // dead
-		{"1 (a) Z 0 4) S 0 1 1 0 -1 64 1 2", false}, // a name made to mislead
-		{"1 (a) S 0 1 1 0 -1 0) Z 0 1 1 0 -1 64", true},
-		{"1 (sh) S 0 1 1", true}, // cannot be read
-		{"1 (sh) S 0 1 1 0 -1 x 1", true},
-		{"1 (sh)", true},
-		{"", true},
+		{"1 (sh) S 0 1 1 0 -1 4194560" + fill + " 0\n", Alive},
+		{"1 (sh) S 0 1 1 0 -1 4194560 1 2 3", Alive},            // of an older kernel
+		{"1 (sh) R 0 1 1 0 -1 4194564" + fill + " 0\n", Ended},  // PF_EXITING
+		{"1 (sh) R 0 1 1 0 -1 4194564" + fill + " 9\n", Died},   // kill -9
+		{"1 (sh) R 0 1 1 0 -1 4194564" + fill + " 256\n", Died}, // exit(1)
+		{"1 (sh) R 0 1 1 0 -1 4194564" + fill + " 10\n", Died},  // ends in 0, and is not
+		{"1 (sh) Z 0 1 1 0 -1 4194560" + fill + " 0\n", Ended},  // zombie
+		{"1 (sh) X 0 1 1 0 -1 4194560" + fill + " 0\n", Ended},  // dead
+		{"1 (sh) Z 0 1 1 0 -1 4194560 1 2 0", Died},             // no exit code there
+		{"1 (a) Z 0 4) S 0 1 1 0 -1 64" + fill + " 0", Alive},   // a name made to mislead
+		{"1 (a) S 0 1 1 0 -1 0) Z 0 1 1 0 -1 64" + fill + " 0", Ended},
+		{"1 (sh) S 0 1 1", Died}, // cannot be read
+		{"1 (sh) S 0 1 1 0 -1 x 1", Died},
+		{"1 (sh)", Died},
+		{"", Died},
 	} {
-		if got := dyingStat([]byte(c.stat)); got != c.want {
+		if got := lifeIn([]byte(c.stat)); got != c.want {
 			t.Errorf("%q: %v", c.stat, got)
 		}
+	}
+}
+
+// The end of a process, seen before and after its parent has waited for it.
+func TestLife(t *testing.T) {
+	for script, want := range map[string]Life{"exit 0": Ended, "exit 1": Died, "kill -9 $$": Died, "kill -15 $$": Died, "exec sleep 0": Ended} {
+		t.Run(script, func(t *testing.T) {
+			cmd := exec.Command("sh", "-c", "read x; "+script)
+			in, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			w, err := WatchProc(cmd.Process.Pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer w.Close()
+			if w.Life() != Alive {
+				t.Error("a living process is not alive")
+			}
+			if _, err := io.WriteString(in, "\n"); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-w.Exited():
+			case <-time.After(deadline):
+				t.Fatal("the exit goes unseen")
+			}
+			if got := w.Life(); got != want {
+				t.Errorf("a zombie's life: %v, want %v", got, want)
+			}
+			_ = cmd.Wait()
+			if got := w.Life(); got != want {
+				t.Errorf("after its parent's wait: %v, want %v", got, want)
+			}
+		})
 	}
 }
 

@@ -26,6 +26,9 @@ const (
 	partingTime = 10 * time.Second
 	// retryAfter paces generations that fail, and the first one all the more.
 	retryAfter = 2 * time.Second
+	// lingerTime is how long the sockets of a server that ended by itself may take
+	// to say goodbye before their capsule ends with them.
+	lingerTime = 10 * time.Second
 	// lookEvery is how often the machine is asked whether it wants a generation.
 	lookEvery = 500 * time.Millisecond
 )
@@ -56,9 +59,10 @@ type primary struct {
 	first    stream.Position // first record of this epoch
 
 	exited <-chan struct{} // the server process is gone
-	ended  chan error      // the log or the queue ended
-	wanted chan wanted     // generations on request
-	moves  chan move       // planned moves on request
+	life   func() tcpwrap.Life
+	ended  chan error  // the log or the queue ended
+	wanted chan wanted // generations on request
+	moves  chan move   // planned moves on request
 
 	mu       sync.Mutex
 	gen      taken
@@ -129,6 +133,10 @@ func (p *primary) run(ctx context.Context) error {
 		<-idle // a dump under way is called off first; CRIU lets go of the server
 		return p.part()
 	case <-p.exited:
+		if p.life() == tcpwrap.Ended {
+			<-idle
+			return p.serverEnded()
+		}
 		return p.serverGone()
 	case err := <-p.ended:
 		if roles.AfterEnd(err) == roles.Leave {
@@ -256,6 +264,36 @@ func (p *primary) part() error {
 		return fmt.Errorf("end protection: %w", err)
 	}
 	return nil
+}
+
+// serverEnded is the end of a server that exited by itself, with status 0: that is
+// an end its users wanted, and no standby must undo it. Clients see what the
+// server's TCP says, as without protection.
+func (p *primary) serverEnded() error {
+	p.log.Info("the server has ended by itself (exit status 0): protection ends with it, and no standby takes over", "pid", p.where.pid, "event", "server-end")
+	if err := p.part(); err != nil {
+		return err
+	}
+	if p.where.initPID == 0 {
+		return nil
+	}
+	for end := time.Now().Add(lingerTime); time.Now().Before(end); sleep(context.Background(), lookEvery/10) {
+		if socks, err := tcpwrap.Sockets(p.where.netns, p.svc.VIP.Addr(), p.svc.Ports); err != nil || !anyOpen(socks) {
+			break
+		}
+	}
+	p.spared = false // there is nobody in the capsule any more
+	return nil
+}
+
+// anyOpen reports whether a socket still has something to say.
+func anyOpen(socks []tcpwrap.Socket) bool {
+	for _, s := range socks {
+		if checkpoint.TCPState(s.State) != checkpoint.TimeWait {
+			return true
+		}
+	}
+	return false
 }
 
 // serverGone makes way for a standby after the server process has died on a

@@ -72,7 +72,7 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		rules: &tcpwrap.Rules{
 			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Peers: svc.Outgoing, Dev: svc.Dev, Mark: packetMark,
 		},
-		exited: watch.Exited(), fencedServer: cfg.Fenced,
+		exited: watch.Exited(), life: watch.Life, fencedServer: cfg.Fenced,
 	})
 	if p.dir, err = imageDir(cfg.Common, cfg.Name+"-primary"); err != nil {
 		return err

@@ -88,7 +88,7 @@ func (s *standby) resume(ctx context.Context, r *resident) error {
 		log: s.log, out: s.out, node: s.node, svc: svc, where: inCapsule(r.pid, s.capsule),
 		lg: s.lg, store: s.store, url: s.url, criu: s.criu, server: s.srv,
 		rules:  capsuleRules(s.cfg, svc, s.capsule),
-		exited: watch.Exited(),
+		exited: watch.Exited(), life: watch.Life,
 	})
 	if p.dir, err = imageDir(s.cfg.Common, s.cfg.Name+"-primary"); err != nil {
 		return err
