@@ -427,9 +427,9 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 	l.kFin = l.kFin || s.Flags.Has(tcpwrap.FIN)
 	reset := s.Flags.Has(tcpwrap.RST)
 	l.kReset = l.kReset || reset
-	news := reset || s.Len() > 0 && l.ack.Less(end)
+	news := (reset || s.Len() > 0 && l.ack.Less(end)) && !l.ended
 	switch {
-	case e.live && (news || s.Len() == 0 && !probe):
+	case e.live && !l.ended && (news || s.Len() == 0 && !probe):
 		return false
 	case news && (reset || len(l.kept) == 0 || l.keptEnd.Less(end)):
 		// The client has not seen it, or not all of it: it leaves at go-live.

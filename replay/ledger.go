@@ -14,6 +14,7 @@ import (
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/stream"
+	"github.com/ftckpt/ftckpt/tcpwrap"
 )
 
 // Line is what the log says of one connection.
@@ -35,6 +36,8 @@ type Line struct {
 	open             stream.ConnOpen
 	accept           stream.ConnAccept
 	openPos, endPos  stream.Position
+	fin              bool         // the client's FIN was seen
+	finNxt           seqnum.Value // the octet after it
 	acceptAt         time.Time
 
 	dialled bool // the server opened it: dial and answer are its open and accept
@@ -56,7 +59,11 @@ type Ledger struct {
 	Heir     string // node to which the primary of this epoch offers the service
 
 	lines map[stream.ConnID]*Line
+	late  []tcpwrap.Late // ended, the server first, oldest first
 }
+
+// keptLate bounds Ledger.late.
+const keptLate = 16384
 
 // keptDigests is how many digests of a connection are remembered. The newest is
 // ahead of what its client had acknowledged when there was a transfer under way,
@@ -107,10 +114,17 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 	case stream.Bytes:
 		l.line(r.Conn).answered = true
 	case stream.ClientFin:
-		l.line(r.Conn).answered = true
+		ln := l.line(r.Conn)
+		ln.answered, ln.finNxt, ln.fin = true, r.Seq.Add(1), true
 	case stream.ConnEnd:
 		ln := l.line(r.Conn)
 		ln.Ended, ln.Reason, ln.endPos = true, r.Reason, e.Pos
+		if r.Reason == stream.EndTimeWait && ln.fin {
+			l.late = append(l.late, tcpwrap.Late{Tuple: ln.Tuple, Nxt: ln.finNxt, Since: now})
+			if len(l.late) >= 2*keptLate {
+				l.late = slices.Delete(l.late, 0, keptLate)
+			}
+		}
 	case stream.ClientReset:
 		ln := l.line(r.Conn)
 		ln.Ended, ln.Reason, ln.endPos = true, stream.EndReset, e.Pos
@@ -143,12 +157,40 @@ func (l *Ledger) Introduce(gen stream.Generation, tuples map[stream.ConnID]strea
 // SeenAsIn takes the times at which things were read from a ledger that read
 // them when they came: this one has read them all at once.
 func (l *Ledger) SeenAsIn(other *Ledger) {
+	l.late = slices.Clone(other.late)
 	for id, ln := range l.lines {
 		if o := other.lines[id]; o != nil {
 			ln.StateAt, ln.acceptAt = o.StateAt, o.acceptAt
 		}
 	}
 }
+
+// TimeWait are the connections that ended not long before now with the server
+// closing first: its TCP would still answer for them.
+func (l *Ledger) TimeWait(now time.Time) []tcpwrap.Late {
+	var out []tcpwrap.Late
+	at := map[stream.FourTuple]int{} // the newest of one 4-tuple counts
+	for _, t := range l.late {
+		if t.Tuple == (stream.FourTuple{}) || now.Sub(t.Since) >= timeWait {
+			continue
+		}
+		if i, again := at[t.Tuple]; again {
+			out[i] = t
+			continue
+		}
+		at[t.Tuple] = len(out)
+		out = append(out, t)
+	}
+	for _, ln := range l.lines {
+		if i, yes := at[ln.Tuple]; yes && !ln.Ended {
+			out[i].Tuple = stream.FourTuple{} // another connection lives there
+		}
+	}
+	return slices.DeleteFunc(out, func(t tcpwrap.Late) bool { return t.Tuple == stream.FourTuple{} })
+}
+
+// timeWait is how long a TCP answers for a connection that it closed first.
+const timeWait = 60 * time.Second
 
 // Line is what is known of a connection, nil when nothing is.
 func (l *Ledger) Line(id stream.ConnID) *Line { return l.lines[id] }

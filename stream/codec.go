@@ -94,7 +94,7 @@ func AppendRecord(dst []byte, r Record) ([]byte, error) {
 	return dst, fmt.Errorf("%w record: no wire form for %T", ErrInvalid, r)
 }
 
-func (e EndReason) valid() bool { return e >= EndClosed && e <= EndQuarantine }
+func (e EndReason) valid() bool { return e >= EndClosed && e <= EndExpired }
 
 func appendHead(dst []byte, k Kind, body int) []byte {
 	return binary.AppendUvarint(append(dst, byte(k)), uint64(body))

@@ -242,7 +242,7 @@ func genRecord(t *rapid.T) Record {
 	case 6:
 		return ConnState{conn, seq(), seq(), seq(), rapid.Uint32().Draw(t, "ts"), rapid.Uint32().Draw(t, "ts")}
 	case 7:
-		return ConnEnd{conn, EndReason(rapid.IntRange(1, 3).Draw(t, "reason"))}
+		return ConnEnd{conn, EndReason(rapid.IntRange(1, 5).Draw(t, "reason"))}
 	case 8:
 		cut := rapid.Uint64().Draw(t, "cut")
 		return Generation{rapid.Uint64().Draw(t, "id"), Sum(opts()), Position(cut), Position(rapid.Uint64Range(0, cut).Draw(t, "from")), StreamSeq(conn)}

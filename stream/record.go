@@ -144,6 +144,8 @@ const (
 	EndClosed     EndReason = 1 // both FINs acknowledged
 	EndReset      EndReason = 2 // a RST of either side
 	EndQuarantine EndReason = 3 // reset by us because recovery could not be exact
+	EndTimeWait   EndReason = 4 // both FINs acknowledged, and the server's came first: its TCP is in TIME_WAIT
+	EndExpired    EndReason = 5 // idle for too long: no longer protected; a takeover resets it
 )
 
 // ConnEnd says that a connection is over; its records are garbage.

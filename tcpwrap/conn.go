@@ -61,6 +61,7 @@ type conn struct {
 
 	serverFin   bool
 	serverFinAt seqnum.Value
+	serverFirst bool            // its FIN went before the client's came: TIME_WAIT is the server's
 	finAcked    bool            // server's TCP acknowledged the client's FIN
 	dirty       bool            // a ConnState is due
 	carried     bool            // brought here by a takeover
@@ -103,6 +104,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 	n.finAcked = c.ClientFin
 	if c.ServerFin {
 		n.serverFin, n.serverFinAt = true, c.SndNxt.Sub(1)
+		n.serverFirst = !c.ClientFin
 	}
 	return n
 }
@@ -175,6 +177,7 @@ func (c *conn) noteCaught(s *Segment) {
 	c.out.Write(s.Seq, s.Payload)
 	if s.Flags.Has(FIN) && !c.serverFin {
 		c.serverFin, c.serverFinAt = true, s.End().Sub(1)
+		c.serverFirst = !c.finAcked
 	}
 }
 
@@ -208,6 +211,14 @@ func laterTS(known, v uint32) bool {
 // closed reports whether both directions have ended and been acknowledged.
 func (c *conn) closed() bool {
 	return c.in.fin && c.finAcked && c.serverFin && c.serverFinAt.Less(c.clientAck)
+}
+
+// closing is the reason of a connection that is closed.
+func (c *conn) closing() stream.EndReason {
+	if c.serverFirst {
+		return stream.EndTimeWait
+	}
+	return stream.EndClosed
 }
 
 func (c *conn) digest() stream.OutDigest {

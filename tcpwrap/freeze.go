@@ -65,6 +65,7 @@ func (m *Machine) Thaw(now time.Time) {
 func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 	from = m.next
 	for _, k := range cuts {
+		delete(m.late, k.Tuple)
 		c := m.conns[k.Tuple]
 		if c != nil && c.in.nxt.Less(k.RcvNxt) {
 			// The image is ahead of the log: a bug, or a packet that went round

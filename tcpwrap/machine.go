@@ -69,6 +69,8 @@ type Machine struct {
 	embryos  int     // connections whose client has not answered the SYN-ACK
 	embryAge []*conn // oldest first, others among them
 
+	late map[stream.FourTuple]lateConn // in TIME_WAIT where an old primary ended them
+
 	held   []heldPacket
 	waited []frozenPacket
 	kept   int // octets in waited
@@ -110,6 +112,7 @@ func NewMachine(next stream.Position, firstConn stream.ConnID, limits Limits) *M
 		syns:     map[stream.FourTuple]*handshake{},
 		dials:    map[stream.FourTuple]*dial{},
 		blocked:  map[stream.FourTuple]stream.Position{},
+		late:     map[stream.FourTuple]lateConn{},
 	}
 }
 
@@ -123,6 +126,7 @@ func (m *Machine) Packet(now time.Time, id PacketID, s *Segment, dying bool) {
 		m.Ready.Decide(id, Drop)
 	case m.frozen:
 		m.freezePacket(id, s, dying)
+	case s.Dir == Inbound && m.lingers(now, id, s):
 	case s.Dir == Inbound:
 		m.inbound(id, s)
 	default:
@@ -288,7 +292,7 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 			break
 		}
 		if c.closed() {
-			m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
+			m.Append(stream.ConnEnd{Conn: c.id, Reason: c.closing()})
 			m.forget(c)
 		}
 	}
@@ -409,7 +413,7 @@ func (m *Machine) caught(c *conn, s *Segment) {
 		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})
 		m.forget(c)
 	case c.closed():
-		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndClosed})
+		m.Append(stream.ConnEnd{Conn: c.id, Reason: c.closing()})
 		m.forget(c)
 	}
 }

@@ -81,6 +81,14 @@ func (p *machinePlay) do(d *scenario.Directive) string {
 			there = append(there, fmt.Sprintf("%s as %d from %d", p.names[k.Tuple.Client], k.Conn, k.Open))
 		}
 		head = fmt.Sprintf("dialling %s\n", strings.Join(there, ", "))
+	case "late":
+		t := tupleOf(d.Word(0))
+		p.names[t.Client] = d.Word(0)
+		p.m.Linger([]tcpwrap.Late{{Tuple: t, Nxt: seqnum.Value(d.Number("nxt", 0)), Since: p.now}})
+	case "doubt":
+		p.m.Doubt(p.now, d.Word(0) == "on")
+	case "pass":
+		p.now = p.now.Add(time.Duration(d.Number("s", 0)) * time.Second)
 	case "generation":
 		p.m.Append(stream.Generation{ID: 1})
 	case "congested":
@@ -155,6 +163,13 @@ func (p *machinePlay) ready() string {
 	for _, n := range p.m.Ready.Records {
 		out = append(out, fmt.Sprintf("log %d %s", n.Pos, p.record(n.Record)))
 	}
+	for _, o := range p.m.Ready.Segments {
+		to := "client"
+		if o.Up {
+			to = "server"
+		}
+		out = append(out, fmt.Sprintf("to %s %s flags %#x seq %d ack %d ts %d %d%s", to, p.names[o.Tuple.Client], uint8(o.Flags), o.Seq, o.Ack, o.TSVal, o.TSEcr, strings.TrimRight(": "+string(o.Payload), ": ")))
+	}
 	for _, v := range p.m.Ready.Verdicts {
 		what := "accept"
 		if v.Verdict == tcpwrap.Drop {
@@ -191,7 +206,7 @@ func (p *machinePlay) record(r stream.Record) string {
 	case stream.ConnState:
 		return fmt.Sprintf("state %d: client acknowledged %d, edge %d, released %d, clocks %d %d", r.Conn, r.ClientAck, r.ClientEdge, r.ServerNxt, r.ClientTS, r.ServerTS)
 	case stream.ConnEnd:
-		return fmt.Sprintf("end %d: %s", r.Conn, map[stream.EndReason]string{1: "closed", 2: "reset", 3: "quarantine"}[r.Reason])
+		return fmt.Sprintf("end %d: %s", r.Conn, map[stream.EndReason]string{1: "closed", 2: "reset", 3: "quarantine", 4: "closed, the server first", 5: "expired"}[r.Reason])
 	case stream.Generation:
 		return "generation"
 	}

@@ -59,6 +59,7 @@
 //	C          close
 //	L          close with SO_LINGER 0: a reset
 //	K n        at the client's FIN do not close but write n octets of the pattern first
+//	S n        the same, and hold before closing
 //	H          hold: read no more until another connection says X for this port
 //	X name     let the connection of that name (a letter, of the same script) go on
 //	Q name     answer what became of the connection of that name, "open eof closed"

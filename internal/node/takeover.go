@@ -462,6 +462,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	r.mu.Lock()
 	r.ledger.Lines(func(l *replay.Line) { next = max(next, l.Conn+1) })
 	orphans := r.ledger.Orphans(func(id stream.ConnID) bool { return r.carries[id] })
+	late := r.ledger.TimeWait(time.Now())
 	r.mu.Unlock()
 
 	m := tcpwrap.NewMachine(r.w.Next(), next, tcpwrap.DefaultLimits())
@@ -473,6 +474,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		r.drv.machine, r.drv.writer = m, r.w
 		m.Append(stream.Hello{Config: r.svc.hello()})
 		m.Adopt(cuts)
+		m.Linger(late)
 		for i := range waiting {
 			m.Packet(now, waiting[i].ID, &waiting[i].Segment, false)
 		}

@@ -75,8 +75,9 @@ type conn struct {
 	c      *net.TCPConn
 	r      *bufio.Reader
 	port   uint16
-	said   int // octets
-	atEOF  int // octets to write at the client's FIN
+	said   int  // octets
+	atEOF  int  // octets to write at the client's FIN
+	stays  bool // and then hold before closing
 	closed bool
 }
 
@@ -95,6 +96,9 @@ func (s *server) serve(c *net.TCPConn) {
 			s.note(k.port, "eof")
 			if k.atEOF > 0 {
 				_ = k.pattern(k.atEOF) // the close below tells
+			}
+			if k.stays {
+				<-k.token(k.port)
 			}
 		case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 			s.note(k.port, "reset")
@@ -138,8 +142,8 @@ func (k *conn) do(line string) error {
 			return err
 		}
 		k.close()
-	case "K":
-		k.atEOF = n
+	case "K", "S":
+		k.atEOF, k.stays = n, verb == "S"
 	case "H":
 		<-k.token(k.port)
 	case "X", "Q":
