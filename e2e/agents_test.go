@@ -78,7 +78,7 @@ func (w *world) startLog(args ...string) *agent {
 func (w *world) tryProtect(pid int, join string, args ...string) *agent {
 	w.Helper()
 	return w.start(w.primary, []string{"FTCKPT_JOIN=" + join},
-		append([]string{"protect", "--pid", strconv.Itoa(pid), "--vip", vipCIDR, "--dev", "eth0", "--interval", "1s"}, args...)...)
+		append([]string{"protect", "--pid", strconv.Itoa(pid), "--vip", strings.Join(w.vips, ","), "--dev", "eth0", "--interval", "1s"}, args...)...)
 }
 
 // protect starts protect and waits until the first generation is stable.

@@ -23,6 +23,10 @@ const (
 	vipCIDR = vip + "/24"
 	port    = "6379"
 	service = vip + ":" + port
+
+	vip6     = "fd77::100"
+	vip6CIDR = vip6 + "/64"
+	service6 = "[" + vip6 + "]:" + port
 )
 
 // patience bounds every wait for something that must happen. It is not how
@@ -81,6 +85,9 @@ type world struct {
 	seed                              uint64
 	rng                               *rand.Rand
 
+	vips    []string // of the service, with the lengths of their networks
+	service string   // where clients find it
+
 	agents   []*agent
 	servers  []*server
 	captures []*lab.Capture
@@ -92,7 +99,13 @@ type world struct {
 // for leftovers, when the test ends.
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	w := &world{T: t, seed: seedFor(t), before: map[*lab.Host]survey{}}
+	return newWorldAt(t, service, vipCIDR)
+}
+
+// newWorldAt is newWorld with other addresses; clients use the service at at.
+func newWorldAt(t *testing.T, at string, vips ...string) *world {
+	t.Helper()
+	w := &world{T: t, seed: seedFor(t), before: map[*lab.Host]survey{}, vips: vips, service: at}
 	w.rng = rand.New(rand.NewPCG(w.seed, 0))
 	t.Logf("seed %d", w.seed)
 	dir, err := os.MkdirTemp("", "ftckpt-e2e-"+strings.NewReplacer("/", "-", " ", "-").Replace(t.Name())+"-")
@@ -113,8 +126,11 @@ func newWorld(t *testing.T) *world {
 	}
 	t.Cleanup(w.end)
 	w.client, w.primary, w.standby, w.logHost = w.lab.Host("client"), w.lab.Host("primary"), w.lab.Host("standby"), w.lab.Host("log")
-	if err := w.primary.AddAddr(vipCIDR); err != nil {
-		t.Fatal(err)
+	for i, h := range []*lab.Host{w.client, w.primary, w.standby, w.logHost} {
+		w.must(h.AddAddr(fmt.Sprintf("fd77::%d/64", i+2)))
+	}
+	for _, v := range vips {
+		w.must(w.primary.AddAddr(v))
 	}
 	for _, h := range []*lab.Host{w.client, w.primary, w.standby, w.logHost} {
 		w.before[h] = w.look(h)
@@ -251,15 +267,26 @@ func (w *world) must(err error) {
 	}
 }
 
-// startRedis starts redis-server on a host, on the VIP, and waits until it
-// answers there.
+// startRedis starts redis-server on a host, on the service's addresses, and waits
+// until it answers there.
 func (w *world) startRedis(h *lab.Host) *server {
 	w.Helper()
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		w.Skip("needs redis-server (scripts/deps.sh test)")
 	}
-	return w.serve(h, "redis-server", "--bind", vip, "--port", port, "--save", "", "--appendonly", "no",
-		"--protected-mode", "no", "--tcp-backlog", "128", "--dir", h.Dir())
+	args := append([]string{"redis-server", "--bind"}, w.addrs()...)
+	return w.serve(h, append(args, "--port", port, "--save", "", "--appendonly", "no",
+		"--protected-mode", "no", "--tcp-backlog", "128", "--dir", h.Dir())...)
+}
+
+// addrs are the service's addresses alone.
+func (w *world) addrs() []string {
+	var a []string
+	for _, v := range w.vips {
+		addr, _, _ := strings.Cut(v, "/")
+		a = append(a, addr)
+	}
+	return a
 }
 
 // server is a server that knows nothing of ftckpt.
@@ -293,7 +320,7 @@ func (w *world) serve(h *lab.Host, args ...string) *server {
 		}
 		ctx, cancel := context.WithTimeout(w.Context(), time.Second)
 		defer cancel()
-		c, err := h.Dial(ctx, "tcp", service)
+		c, err := h.Dial(ctx, "tcp", w.service)
 		if err != nil {
 			return false
 		}

@@ -30,7 +30,7 @@ type load struct {
 // startLoad starts clients and waits until each of them had an answer.
 func (w *world) startLoad(cfg loadgen.Config) *load {
 	w.Helper()
-	cfg.Addr, cfg.Seed = service, w.seed
+	cfg.Addr, cfg.Seed = w.service, w.seed
 	l := &load{w: w, cmd: w.client.Command(ftckpt, loadgen.Arg), want: cfg.Connections(), done: make(chan struct{})}
 	var err error
 	l.stdin, err = l.cmd.StdinPipe()

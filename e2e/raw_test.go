@@ -34,9 +34,15 @@ func (w *world) dial() *raw {
 // connect connects, to whatever server there is.
 func (w *world) connect() *raw {
 	w.Helper()
+	return w.connectTo(w.service)
+}
+
+// connectTo connects to another address of the service.
+func (w *world) connectTo(addr string) *raw {
+	w.Helper()
 	ctx, cancel := context.WithTimeout(w.Context(), patience)
 	defer cancel()
-	c, err := w.client.Dial(ctx, "tcp", service)
+	c, err := w.client.Dial(ctx, "tcp", addr)
 	w.must(err)
 	w.Cleanup(func() { _ = c.Close() })
 	return newRaw(w, c)

@@ -84,7 +84,7 @@ const (
 )
 
 func (l *lab) rules(vip netip.Addr) Rules {
-	return Rules{Name: "test", VIP: vip, Ports: []uint16{labPort}, Dev: l.dev, Queue: labQueue, Mark: labMark, NetNS: l.server}
+	return Rules{Name: "test", VIPs: []netip.Addr{vip}, Ports: []uint16{labPort}, Dev: l.dev, Queue: labQueue, Mark: labMark, NetNS: l.server}
 }
 
 func (l *lab) open(t testing.TB) *NFQueue {

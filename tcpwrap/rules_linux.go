@@ -23,6 +23,7 @@ import (
 //	-A INPUT  -i DEV -d VIP -p tcp --dport PORT -j NFQUEUE
 //	-A OUTPUT -o DEV -s VIP -p tcp --sport PORT -m mark ! --mark MARK -j NFQUEUE
 //
+// for each address and port, and each network of clients if they are limited,
 // and those of the connections that the service opens to peers:
 //
 //	-A INPUT  -i DEV -s PEER -d VIP -p tcp --sport PORT -j NFQUEUE
@@ -35,17 +36,20 @@ import (
 //
 // Every rule carries the comment "ftckpt:NAME", and rules are found by it
 // alone: who comes after a crash needs to know nothing else. Each change is one
-// transaction over both chains: there is no moment in which only one direction
-// is caught.
+// transaction over both chains of an address family: there is no moment in which
+// only one direction is caught.
 type Rules struct {
 	Name  string // of the service: letters, digits, "._-"
-	VIP   netip.Addr
+	VIPs  []netip.Addr
 	Ports []uint16
-	Peers []remote.Range // that the service opens connections to
-	Dev   string         // network device; "" means all but lo
-	Queue uint16
-	Mark  uint32 // as in NFQueueOptions
-	NetNS string // as nsthread.InNamed takes it
+	// Clients are the networks whose connections are caught; empty: all. The
+	// packets of others pass untouched.
+	Clients []netip.Prefix
+	Peers   []remote.Range // that the service opens connections to
+	Dev     string         // network device; "" means all but lo
+	Queue   uint16
+	Mark    uint32 // as in NFQueueOptions
+	NetNS   string // as nsthread.InNamed takes it
 }
 
 const (
@@ -72,13 +76,23 @@ func (r Rules) check() error {
 	if err := checkName(r.Name); err != nil {
 		return err
 	}
+	for _, v := range r.VIPs {
+		if !v.IsValid() || v.IsUnspecified() || v.Is4In6() {
+			return fmt.Errorf("address of service %s: %v cannot be matched", r.Name, v)
+		}
+	}
+	for _, n := range r.Clients {
+		if !n.IsValid() || n.Addr().Is4In6() || n != n.Masked() {
+			return fmt.Errorf("clients of service %s: %v cannot be matched", r.Name, n)
+		}
+	}
 	switch {
-	case !r.VIP.IsValid() || r.VIP.IsUnspecified() || r.VIP.Is4In6():
-		return fmt.Errorf("address of service %s: %v cannot be matched", r.Name, r.VIP)
+	case len(r.VIPs) == 0:
+		return fmt.Errorf("addresses of service %s: want at least one", r.Name)
 	case len(r.Ports) == 0 || slices.Contains(r.Ports, 0):
 		return fmt.Errorf("ports of service %s: want at least one, and none may be 0", r.Name)
-	case slices.ContainsFunc(r.Peers, func(p remote.Range) bool { return p.Net.Addr().Is4() != r.VIP.Is4() }):
-		return fmt.Errorf("peers of service %s: %v are not all of the family of %v", r.Name, r.Peers, r.VIP)
+	case slices.ContainsFunc(r.Peers, func(p remote.Range) bool { return !r.has(p.Net.Addr().Is6()) }):
+		return fmt.Errorf("peers of service %s: %v are not all of a family of %v", r.Name, r.Peers, r.VIPs)
 	case r.Dev != "" && !devName.MatchString(r.Dev):
 		return fmt.Errorf("device of service %s: %q is not a device name", r.Name, r.Dev)
 	case r.Mark == 0:
@@ -93,16 +107,42 @@ func (r Rules) Install() error {
 	if err := r.check(); err != nil {
 		return fmt.Errorf("install rules: %w", err)
 	}
-	target := fmt.Sprintf("-j NFQUEUE --queue-num %d", r.Queue)
-	mark := fmt.Sprintf("-m mark ! --mark %#x ", r.Mark)
-	if err := r.replace(r.lines(target, mark, r.Dev)); err != nil {
+	if err := r.replace(r.catch); err != nil {
 		return fmt.Errorf("install rules of %s: %w", r.Name, err)
 	}
 	return nil
 }
 
-// Block replaces the rules by plain DROPs on every device but lo: nothing of
-// the service enters or leaves, whatever becomes of the queue and of this
+// InstallAlone is Install, but what Clients leaves out is dropped instead of
+// passed, both ways: for a recovery, in which nobody may meet sockets that are
+// half restored. Install then lets it pass.
+func (r Rules) InstallAlone() error {
+	if err := r.check(); err != nil {
+		return fmt.Errorf("install rules: %w", err)
+	}
+	if len(r.Clients) == 0 {
+		return r.Install()
+	}
+	err := r.replace(func(v6 bool) []string {
+		all := r
+		all.Clients = nil
+		return append(r.catch(v6), all.lines(v6, "-j DROP", r.mark(), r.Dev)...)
+	})
+	if err != nil {
+		return fmt.Errorf("install rules of %s: %w", r.Name, err)
+	}
+	return nil
+}
+
+// catch are the rules that send packets of one address family to the queue.
+func (r Rules) catch(v6 bool) []string {
+	return r.lines(v6, fmt.Sprintf("-j NFQUEUE --queue-num %d", r.Queue), r.mark(), r.Dev)
+}
+
+func (r Rules) mark() string { return fmt.Sprintf("-m mark ! --mark %#x ", r.Mark) }
+
+// Block replaces the rules by plain DROPs on every device but lo, for all
+// clients: nothing of the service enters or leaves, whatever becomes of the queue and of this
 // process, until Remove or Install. What SendOut sends is dropped as well, and
 // it answers EPERM. A packet that is held already has passed the rules: give it Drop, or close the
 // queue, but do not accept it.
@@ -110,7 +150,8 @@ func (r Rules) Block() error {
 	if err := r.check(); err != nil {
 		return fmt.Errorf("block service: %w", err)
 	}
-	if err := r.replace(r.lines("-j DROP", "", "")); err != nil {
+	r.Clients = nil
+	if err := r.replace(func(v6 bool) []string { return r.lines(v6, "-j DROP", "", "") }); err != nil {
 		return fmt.Errorf("block service %s: %w", r.Name, err)
 	}
 	return nil
@@ -162,25 +203,39 @@ func Installed(netns, name string) (lines []string, err error) {
 	return lines, nil
 }
 
-// lines are the rules in the form, and the order of matches, in which
-// iptables-save prints them, so that what is there can be compared.
-func (r Rules) lines(target, mark, dev string) []string {
+// lines are the rules of one address family in the form, and the order of
+// matches, in which iptables-save prints them, so that what is there can be
+// compared.
+func (r Rules) lines(v6 bool, target, mark, dev string) []string {
 	in, out := "! -i lo", "! -o lo"
 	if dev != "" {
 		in, out = "-i "+dev, "-o "+dev
 	}
-	host := netip.PrefixFrom(r.VIP.WithZone(""), r.VIP.BitLen())
 	comment := fmt.Sprintf("-m comment --comment %q ", rulesComment+r.Name)
 	var l []string
-	for _, p := range r.Ports {
-		l = append(l,
-			fmt.Sprintf("INPUT -d %s %s -p tcp -m tcp --dport %d %s%s", host, in, p, comment, target),
-			fmt.Sprintf("OUTPUT -s %s %s -p tcp -m tcp --sport %d %s%s%s", host, out, p, mark, comment, target))
-	}
-	for _, p := range r.Peers {
-		l = append(l,
-			fmt.Sprintf("INPUT %s-d %s %s -p tcp %s%s%s", peerMatch("-s", p), host, in, portMatch("--sport", p), comment, target),
-			fmt.Sprintf("OUTPUT -s %s %s%s -p tcp %s%s%s%s", host, peerMatch("-d", p), out, portMatch("--dport", p), mark, comment, target))
+	for _, vip := range r.VIPs {
+		if vip.Is6() != v6 {
+			continue
+		}
+		host := netip.PrefixFrom(vip.WithZone(""), vip.BitLen())
+		for _, c := range r.clients(v6) {
+			from, to := "", ""
+			if c.Bits() > 0 { // what all match is not printed
+				from, to = fmt.Sprintf("-s %s ", c), fmt.Sprintf("-d %s ", c)
+			}
+			for _, p := range r.Ports {
+				l = append(l,
+					fmt.Sprintf("INPUT %s-d %s %s -p tcp -m tcp --dport %d %s%s", from, host, in, p, comment, target),
+					fmt.Sprintf("OUTPUT -s %s %s%s -p tcp -m tcp --sport %d %s%s%s", host, to, out, p, mark, comment, target))
+			}
+		}
+		for _, p := range r.Peers {
+			if p.Net.Addr().Is6() == v6 {
+				l = append(l,
+					fmt.Sprintf("INPUT %s-d %s %s -p tcp %s%s%s", peerMatch("-s", p), host, in, portMatch("--sport", p), comment, target),
+					fmt.Sprintf("OUTPUT -s %s %s%s -p tcp %s%s%s%s", host, peerMatch("-d", p), out, portMatch("--dport", p), mark, comment, target))
+			}
+		}
 	}
 	return l
 }
@@ -200,30 +255,77 @@ func portMatch(flag string, p remote.Range) string {
 	return fmt.Sprintf("-m tcp %s %d ", flag, p.Port)
 }
 
-// replace makes lines the rules of r.Name with the first tool that can, and
-// then removes what another tool had put in place.
-func (r Rules) replace(lines []string) error {
+// clients are the networks of an address family to be matched.
+func (r Rules) clients(v6 bool) []netip.Prefix {
+	if len(r.Clients) == 0 {
+		return []netip.Prefix{{}} // all: it has 0 bits, or fewer
+	}
+	return slices.DeleteFunc(slices.Clone(r.Clients), func(n netip.Prefix) bool { return n.Addr().Is6() != v6 })
+}
+
+// replace makes lines the rules of r.Name, in each address family of VIPs with
+// the first tool that can, and then removes what another tool had put in place.
+// The other family is left alone (RemoveOthers).
+func (r Rules) replace(lines func(v6 bool) []string) error {
 	return nsthread.InNamed(r.NetNS, func() error {
-		var errs []error
-		for _, t := range tools(r.VIP.Is6()) {
-			if err := t.swap(r.Name, lines); err != nil {
-				errs = append(errs, err)
+		for _, v6 := range []bool{false, true} {
+			if !r.has(v6) {
 				continue
 			}
-			for _, other := range presentTools(r.VIP.Is6()) {
-				if other != t {
-					if err := other.swap(r.Name, nil); err != nil {
-						return err
-					}
+			if err := r.replaceIn(v6, lines(v6)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (r Rules) has(v6 bool) bool {
+	return slices.ContainsFunc(r.VIPs, func(a netip.Addr) bool { return a.Is6() == v6 })
+}
+
+// RemoveOthers takes away the rules of this name in an address family in which
+// it has no address: an earlier agent's, whose service had one. Install first.
+func (r Rules) RemoveOthers() error {
+	err := nsthread.InNamed(r.NetNS, func() error {
+		for _, v6 := range []bool{false, true} {
+			if r.has(v6) {
+				continue
+			}
+			for _, t := range presentTools(v6) {
+				if err := t.swap(r.Name, nil); err != nil {
+					return err
 				}
 			}
-			return nil
 		}
-		if len(errs) == 0 {
-			return errors.New("no iptables on this host: install the iptables package")
-		}
-		return errors.Join(errs...)
+		return nil
 	})
+	if err != nil {
+		return fmt.Errorf("remove other rules of %s: %w", r.Name, err)
+	}
+	return nil
+}
+
+func (r Rules) replaceIn(v6 bool, lines []string) error {
+	var errs []error
+	for _, t := range tools(v6) {
+		if err := t.swap(r.Name, lines); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, other := range presentTools(v6) {
+			if other != t {
+				if err := other.swap(r.Name, nil); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	if len(errs) == 0 {
+		return errors.New("no iptables on this host: install the iptables package")
+	}
+	return errors.Join(errs...)
 }
 
 // tool is one of iptables' two implementations for one address family, by the

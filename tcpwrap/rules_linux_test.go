@@ -118,7 +118,7 @@ func TestRulesOfPeers(t *testing.T) {
 			t.Errorf("rule %d is\n%s\nwant\n%s", i, got[i], w)
 		}
 	}
-	if l := r.lines("-j NFQUEUE --queue-num 77", "-m mark ! --mark 0x66746370 ", r.Dev); !slices.Equal(sortedByChain(l), got) {
+	if l := r.lines(false, "-j NFQUEUE --queue-num 77", "-m mark ! --mark 0x66746370 ", r.Dev); !slices.Equal(sortedByChain(l), got) {
 		t.Errorf("lines\n%q\nare printed as\n%q", sortedByChain(l), got)
 	}
 }
@@ -152,7 +152,7 @@ func TestRulesOfTheOtherImplementation(t *testing.T) {
 			l := newLab(t)
 			r := l.rules(labServer4)
 			err := nsthread.InNamed(l.server, func() error {
-				return tool.swap("test", r.lines("-j NFQUEUE --queue-num 77", "", r.Dev))
+				return tool.swap("test", r.lines(false, "-j NFQUEUE --queue-num 77", "", r.Dev))
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -251,7 +251,7 @@ func TestBlockedServiceIsSilent(t *testing.T) {
 		t.Fatal(err)
 	}
 	tp.q.Close()
-	if n, err := DestroySockets(l.server, labServer4, []uint16{labPort}); err != nil || n != 1 {
+	if n, err := DestroySockets(l.server, []netip.Addr{labServer4}, []uint16{labPort}); err != nil || n != 1 {
 		t.Errorf("destroyed %d sockets, %v", n, err)
 	}
 	silent(t, c) // no RST of the destroyed socket
@@ -265,25 +265,27 @@ func TestBlockedServiceIsSilent(t *testing.T) {
 }
 
 func TestRulesRefuse(t *testing.T) {
-	good := Rules{Name: "a", VIP: labServer4, Ports: []uint16{1}, Dev: "eth0", Mark: 1}
+	good := Rules{Name: "a", VIPs: []netip.Addr{labServer4}, Ports: []uint16{1}, Dev: "eth0", Mark: 1}
 	for name, f := range map[string]func(*Rules){
 		"no name":       func(r *Rules) { r.Name = "" },
 		"quote":         func(r *Rules) { r.Name = `a" -j ACCEPT` },
 		"new line":      func(r *Rules) { r.Name = "a\nCOMMIT" },
 		"long name":     func(r *Rules) { r.Name = strings.Repeat("a", 201) },
-		"no address":    func(r *Rules) { r.VIP = netip.Addr{} },
-		"any address":   func(r *Rules) { r.VIP = netip.IPv4Unspecified() },
+		"no address":    func(r *Rules) { r.VIPs = nil },
+		"any address":   func(r *Rules) { r.VIPs[0] = netip.IPv4Unspecified() },
 		"no ports":      func(r *Rules) { r.Ports = nil },
 		"port 0":        func(r *Rules) { r.Ports = []uint16{80, 0} },
 		"device":        func(r *Rules) { r.Dev = "eth0 -j ACCEPT" },
 		"any device":    func(r *Rules) { r.Dev = "eth+" },
 		"IPv6 peer":     func(r *Rules) { r.Peers = []remote.Range{{Net: netip.MustParsePrefix("2001:db8::/64")}} },
 		"no mark":       func(r *Rules) { r.Mark = 0 },
-		"mapped IPv4":   func(r *Rules) { r.VIP = netip.MustParseAddr("::ffff:1.2.3.4") },
+		"mapped IPv4":   func(r *Rules) { r.VIPs[0] = netip.MustParseAddr("::ffff:1.2.3.4") },
+		"client":        func(r *Rules) { r.Clients = []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")} },
 		"device option": func(r *Rules) { r.Dev = "-j" },
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := good
+			r.VIPs = slices.Clone(good.VIPs)
 			f(&r)
 			r.NetNS = "/nonexistent" // whatever is not refused fails there
 			if err := r.Install(); err == nil || errors.Is(err, os.ErrNotExist) {

@@ -68,16 +68,16 @@ const (
 )
 
 // Sockets lists the TCP sockets of a service in a network namespace: those
-// bound to vip and one of ports, listeners there or on all addresses, and
-// connections from vip to peers.
-func Sockets(netns string, vip netip.Addr, ports []uint16, peers ...remote.Range) ([]Socket, error) {
+// bound to one of vips and one of ports, listeners there or on all addresses, and
+// connections from one of vips to peers.
+func Sockets(netns string, vips []netip.Addr, ports []uint16, peers ...remote.Range) ([]Socket, error) {
 	var found []Socket
 	err := withDiag(netns, func(fd int) (err error) {
-		found, err = listSockets(fd, vip, ports, peers)
+		found, err = listSockets(fd, vips, ports, peers)
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("list sockets of %v: %w", vip, err)
+		return nil, fmt.Errorf("list sockets of %v: %w", vips, err)
 	}
 	return found, nil
 }
@@ -86,10 +86,10 @@ func Sockets(netns string, vip netip.Addr, ports []uint16, peers ...remote.Range
 // listeners not included, and says how many there were. TCP sends a RST for
 // most: the rules must be in place and Drop what comes, or Block must have been
 // called, or clients will see it.
-func DestroySockets(netns string, vip netip.Addr, ports []uint16, peers ...remote.Range) (int, error) {
+func DestroySockets(netns string, vips []netip.Addr, ports []uint16, peers ...remote.Range) (int, error) {
 	n := 0
 	err := withDiag(netns, func(fd int) error {
-		socks, err := listSockets(fd, vip, ports, peers)
+		socks, err := listSockets(fd, vips, ports, peers)
 		if err != nil {
 			return err
 		}
@@ -108,7 +108,7 @@ func DestroySockets(netns string, vip netip.Addr, ports []uint16, peers ...remot
 		return nil
 	})
 	if err != nil {
-		return n, fmt.Errorf("destroy sockets of %v: %w", vip, err)
+		return n, fmt.Errorf("destroy sockets of %v: %w", vips, err)
 	}
 	return n, nil
 }
@@ -138,10 +138,10 @@ func appendDiagRequest(b []byte, typ, flags uint16, family uint8, states uint32,
 	return append(b, id[:]...)
 }
 
-func listSockets(fd int, vip netip.Addr, ports []uint16, peers []remote.Range) ([]Socket, error) {
+func listSockets(fd int, vips []netip.Addr, ports []uint16, peers []remote.Range) ([]Socket, error) {
 	var found []Socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if family == unix.AF_INET && vip.Is6() {
+		if family == unix.AF_INET && !slices.ContainsFunc(vips, netip.Addr.Is4) {
 			continue
 		}
 		var any [diagIDLen]byte
@@ -150,7 +150,7 @@ func listSockets(fd int, vip netip.Addr, ports []uint16, peers []remote.Range) (
 			return nil, err
 		}
 		err := readAnswers(fd, func(body []byte) {
-			if s, ok := parseSocket(body); ok && (s.serves(vip, ports) || s.Local.Addr() == vip && remote.Any(peers, s.Remote)) {
+			if s, ok := parseSocket(body); ok && (s.serves(vips, ports) || slices.Contains(vips, s.Local.Addr()) && remote.Any(peers, s.Remote)) {
 				found = append(found, s)
 			}
 		})
@@ -161,11 +161,11 @@ func listSockets(fd int, vip netip.Addr, ports []uint16, peers []remote.Range) (
 	return found, nil
 }
 
-func (s *Socket) serves(vip netip.Addr, ports []uint16) bool {
+func (s *Socket) serves(vips []netip.Addr, ports []uint16) bool {
 	if !slices.Contains(ports, s.Local.Port()) {
 		return false
 	}
-	return s.Local.Addr() == vip || s.State == TCPListen && s.Local.Addr().IsUnspecified()
+	return slices.Contains(vips, s.Local.Addr()) || s.State == TCPListen && s.Local.Addr().IsUnspecified()
 }
 
 func destroySocket(fd int, s *Socket) error {

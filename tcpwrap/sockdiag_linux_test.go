@@ -34,7 +34,7 @@ func TestSocketsAndTheirEnd(t *testing.T) {
 			ports := []uint16{1, labPort}
 			var conns, listeners []Socket
 			eventually(t, "a listener and a connection", func() bool {
-				all, err := Sockets(l.server, vip, ports)
+				all, err := Sockets(l.server, []netip.Addr{vip}, ports)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -51,18 +51,18 @@ func TestSocketsAndTheirEnd(t *testing.T) {
 			if got := conns[0]; got.Remote.String() != c.LocalAddr().String() || got.Local != netip.AddrPortFrom(vip, labPort) {
 				t.Errorf("connection %+v", got)
 			}
-			if n, err := DestroySockets(l.server, vip, ports); err != nil || n != 1 {
+			if n, err := DestroySockets(l.server, []netip.Addr{vip}, ports); err != nil || n != 1 {
 				t.Errorf("destroyed %d, %v", n, err)
 			}
 			if err := <-ended; !errors.Is(err, unix.ECONNABORTED) {
 				t.Errorf("the server's socket ended with %v", err)
 			}
 			silent(t, c)
-			all, err := Sockets(l.server, vip, ports)
+			all, err := Sockets(l.server, []netip.Addr{vip}, ports)
 			if err != nil || len(all) != 1 || all[0].State != TCPListen {
 				t.Errorf("left %+v, %v", all, err)
 			}
-			if other, err := Sockets(l.server, vip, []uint16{1}); err != nil || len(other) != 0 {
+			if other, err := Sockets(l.server, []netip.Addr{vip}, []uint16{1}); err != nil || len(other) != 0 {
 				t.Errorf("sockets of another port: %+v, %v", other, err)
 			}
 		})
@@ -82,7 +82,7 @@ func TestOrphanIsDestroyed(t *testing.T) {
 	l.install(t, labServer4)
 	c := l.dial(t, labServer4)
 	orphans := func() (n int) {
-		all, err := Sockets(l.server, labServer4, []uint16{labPort})
+		all, err := Sockets(l.server, []netip.Addr{labServer4}, []uint16{labPort})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -94,7 +94,7 @@ func TestOrphanIsDestroyed(t *testing.T) {
 		return n
 	}
 	eventually(t, "an orphan", func() bool { return orphans() == 1 })
-	if n, err := DestroySockets(l.server, labServer4, []uint16{labPort}); err != nil || n != 1 {
+	if n, err := DestroySockets(l.server, []netip.Addr{labServer4}, []uint16{labPort}); err != nil || n != 1 {
 		t.Errorf("destroyed %d, %v", n, err)
 	}
 	if n := orphans(); n != 0 {

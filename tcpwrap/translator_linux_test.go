@@ -200,7 +200,7 @@ func testTranslatedConnection(t *testing.T, vip netip.Addr, options []byte, loss
 	}
 	// What is closed is swept away.
 	eventually(t, "no translated connection is left", func() bool {
-		socks, err := Sockets(l.server, vip, []uint16{labPort})
+		socks, err := Sockets(l.server, []netip.Addr{vip}, []uint16{labPort})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -58,7 +58,7 @@ func TestRefusals(t *testing.T) {
 		{good, nil, 2, `protect needs a log: --join with what "ftckpt standby" printed, or --log with the URL of a NATS server`},
 		{good + " --join J --log nats://h", nil, 2, `--join and --log exclude one another`},
 		{"protect --pid x", nil, 2, `invalid argument "x" for "--pid" flag: strconv.ParseInt: parsing "x": invalid syntax (see "ftckpt protect --help")`},
-		{"protect --vip 192.0.2.10", nil, 2, `invalid argument "192.0.2.10" for "--vip" flag: want ADDR/LEN, as 192.0.2.10/24 (see "ftckpt protect --help")`},
+		{"protect --vip 192.0.2.10", nil, 2, `invalid argument "192.0.2.10" for "--vip" flag: want ADDR/LEN, as 192.0.2.10/24 or 2001:db8::10/64 (see "ftckpt protect --help")`},
 		{"protect --port 70000", nil, 2, `invalid argument "70000" for "--port" flag: want a port from 1 to 65535 (see "ftckpt protect --help")`},
 
 		{good + " --join J --port 0", nil, 3, `--port: 0 is not a port a service can have`},

@@ -153,8 +153,11 @@ func writeStatus(w io.Writer, s control.Status) {
 	} else {
 		row("connections", "%d", s.Connections)
 	}
-	if s.VIP != "" {
-		row("address", "%s, ports %s", s.VIP, joinPorts(s.Ports))
+	if len(s.VIPs) > 0 {
+		row("address", "%s, ports %s", strings.Join(s.VIPs, ", "), joinPorts(s.Ports))
+		if len(s.ClientNets) > 0 {
+			row("clients", "%s; others are not protected", strings.Join(s.ClientNets, ", "))
+		}
 	}
 	row("log", "%s, %s; survives the death of its %s", orDash(s.Log.URL), orDash(string(s.Log.State)), survivor(s.Log.Durability))
 	row("stable", "position %d; behind it %d records, %s, for %s", s.Log.Stable, s.Log.LagRecords, size(s.Log.LagBytes), micros(s.Log.LagUS))

@@ -83,7 +83,7 @@ func sound(name string) control.Status {
 	return control.Status{
 		Service: name, Node: "a", PID: 42, Role: control.RolePrimary, Epoch: 1,
 		Protected: true, ProtectedSince: &since,
-		VIP: "192.0.2.10/24", Ports: []uint16{6379, 6380}, Connections: 10,
+		VIPs: []string{"192.0.2.10/24", "2001:db8::10/64"}, ClientNets: []string{"198.51.100.0/24"}, Ports: []uint16{6379, 6380}, Connections: 10,
 		Log:        control.Log{URL: "tls://192.0.2.2:4222", Durability: control.DurableProcess, Stable: 900, LagBytes: 2048, LagUS: 120, State: control.LogOK},
 		Generation: control.Generation{ID: 7, AgeSeconds: 1.52, Bytes: 10 << 20, PauseUS: 8123},
 		Held:       control.Held{Packets: 2, P50US: 100, P99US: 900},
@@ -100,7 +100,8 @@ func TestStatus(t *testing.T) {
   role        primary on a, epoch 1
   protected   yes, since 2025-11-21T20:48:00Z
   server      pid 42, 10 connections
-  address     192.0.2.10/24, ports 6379, 6380
+  address     192.0.2.10/24, 2001:db8::10/64, ports 6379, 6380
+  clients     198.51.100.0/24; others are not protected
   log         tls://192.0.2.2:4222, ok; survives the death of its process
   stable      position 900; behind it 0 records, 2.0 KiB, for 120µs
   generation  7, 1.5s old, 10.0 MiB, pause 8.123ms

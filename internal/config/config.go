@@ -29,9 +29,11 @@ const (
 	MinDetect     = 50 * time.Millisecond // below it a busy two-core host gives false alarms
 	MaxDetect     = time.Minute
 
-	MaxPorts    = 64
-	MaxOutgoing = 64
-	MaxName     = 32
+	MaxPorts      = 64
+	MaxOutgoing   = 64
+	MaxVIPs       = 8
+	MaxClientNets = 16
+	MaxName       = 32
 
 	// DefaultEmbed is where a standby's own log listens.
 	DefaultEmbed = "embed://:4222"
@@ -80,12 +82,13 @@ type Protect struct {
 	Common
 	Name     string         // of the service
 	PID      int            // root of the process tree to protect
-	VIP      netip.Prefix   // the service's address, with the length of its network
-	Dev      string         // interface the VIP is on
+	VIPs     []netip.Prefix // the service's addresses, with the lengths of their networks
+	Dev      string         // interface the VIPs are on
 	Join     string         // what standby or logserver printed; exclusive with Log
 	Log      string         // nats:// or tls:// URL of a log of the user's own
 	Ports    []uint16       // to protect; empty: all the process listens on
-	Outgoing []remote.Range // peers to which connections that the server opens from VIP are protected
+	Clients  []netip.Prefix // networks whose connections to protect; empty: all
+	Outgoing []remote.Range // peers to which connections that the server opens from a VIP are protected
 	Interval time.Duration  // between generations; 0: only when asked (ftckpt checkpoint)
 	Commit   string         // CommitLog
 	OnCrash  string         // OnCrashFailover

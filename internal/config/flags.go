@@ -28,12 +28,13 @@ func (c *Common) Flags(fs *pflag.FlagSet) {
 func (p *Protect) Flags(fs *pflag.FlagSet) {
 	nameFlag(fs, &p.Name)
 	fs.IntVar(&p.PID, "pid", 0, "protect process `N` and its children")
-	fs.Var(&prefix{dst: &p.VIP}, "vip", "the service's `ADDR/LEN`, which moves to the standby with it")
+	fs.Var(&prefixes{dst: &p.VIPs, want: "ADDR/LEN, as 192.0.2.10/24 or 2001:db8::10/64"}, "vip", "the service's `ADDR/LEN`, IPv4 or IPv6, which moves to the standby with it (repeat for several)")
 	fs.StringVar(&p.Dev, "dev", "", "`IFACE` the address is on")
 	fs.StringVar(&p.Join, "join", "", "log of a standby or a logserver: the `STRING` it printed (a secret: better in FTCKPT_JOIN)")
 	fs.StringVar(&p.Log, "log", "", "log at the `URL` of a NATS server or cluster (nats://, tls://)")
 	fs.Var(&ports{dst: &p.Ports}, "port", "protect TCP port `P` (repeat for several; default all it listens on)")
 	fs.Var(&ranges{dst: &p.Outgoing}, "outgoing", "protect connections that the server opens from the VIP to `ADDR/LEN[:PORT]`, too (repeat for several)")
+	fs.Var(&prefixes{dst: &p.Clients, want: "NET/LEN, as 192.0.2.0/24"}, "client-net", "protect only connections from `NET/LEN` (repeat for several; default all); others pass untouched")
 	fs.DurationVar(&p.Interval, "interval", DefaultInterval, "`TIME` between generations; 0 for only when asked (ftckpt checkpoint)")
 	p.Commit = CommitLog
 	fs.Var(&choice{dst: &p.Commit, now: []string{CommitLog}, later: []string{"ack", "checkpoint"}}, "commit", "when output may leave: `log`, once all it depends on is stable")
@@ -119,23 +120,61 @@ func (later) String() string   { return "" }
 func (later) Type() string     { return "string" }
 func (later) Set(string) error { return errors.New("not in this version yet") }
 
-// prefix is an address with the length of its network.
-type prefix struct{ dst *netip.Prefix }
+// prefixes is a list of addresses with the lengths of their networks, given one
+// by one or with commas between.
+type prefixes struct {
+	dst  *[]netip.Prefix
+	want string
+	set  bool // the default is gone
+}
 
-func (p *prefix) String() string {
-	if p.dst == nil || !p.dst.IsValid() {
+func (p *prefixes) String() string {
+	if p.dst == nil {
 		return ""
 	}
-	return p.dst.String()
+	return strings.Join(p.GetSlice(), ",")
 }
-func (p *prefix) Type() string { return "prefix" }
-func (p *prefix) Set(s string) error {
-	v, err := netip.ParsePrefix(s)
-	if err != nil {
-		return errors.New("want ADDR/LEN, as 192.0.2.10/24")
+func (p *prefixes) Type() string { return "prefix" }
+func (p *prefixes) Set(s string) error {
+	if !p.set {
+		*p.dst, p.set = nil, true
 	}
-	*p.dst = v
+	for f := range strings.SplitSeq(s, ",") {
+		if err := p.Append(f); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// Append implements pflag.SliceValue.
+func (p *prefixes) Append(s string) error {
+	v, err := netip.ParsePrefix(strings.TrimSpace(s))
+	if err != nil {
+		return errors.New("want " + p.want)
+	}
+	*p.dst = append(*p.dst, v)
+	return nil
+}
+
+// Replace implements pflag.SliceValue.
+func (p *prefixes) Replace(list []string) error {
+	*p.dst, p.set = nil, true
+	for _, s := range list {
+		if err := p.Append(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// GetSlice implements pflag.SliceValue.
+func (p *prefixes) GetSlice() []string {
+	list := make([]string, 0, len(*p.dst))
+	for _, v := range *p.dst {
+		list = append(list, v.String())
+	}
+	return list
 }
 
 // ports is a list of TCP ports, given one by one or with commas between.

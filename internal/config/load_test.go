@@ -86,7 +86,19 @@ func TestPrecedence(t *testing.T) {
 		{"lists are replaced, not joined", []string{"--port=1", "--port=2"}, map[string]string{"FTCKPT_PORT": "3"}, "port: [9]",
 			func(p *Protect) { p.Ports = []uint16{1, 2} }},
 		{"prefix", nil, map[string]string{"FTCKPT_VIP": "192.0.2.7/24"}, "pid: 0x10",
-			func(p *Protect) { p.VIP, p.PID = netip.MustParsePrefix("192.0.2.7/24"), 16 }},
+			func(p *Protect) { p.VIPs, p.PID = []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24")}, 16 }},
+		{"prefixes in the file", nil, nil, "vip: [192.0.2.7/24, 2001:db8::7/64]\nclient-net: 10.0.0.0/8", func(p *Protect) {
+			p.VIPs = []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24"), netip.MustParsePrefix("2001:db8::7/64")}
+			p.Clients = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+		}},
+		{"prefixes in the environment", nil, map[string]string{"FTCKPT_VIP": "192.0.2.7/24, 2001:db8::7/64", "FTCKPT_CLIENT_NET": "2001:db8::/32"}, "vip: 192.0.2.9/24",
+			func(p *Protect) {
+				p.VIPs = []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24"), netip.MustParsePrefix("2001:db8::7/64")}
+				p.Clients = []netip.Prefix{netip.MustParsePrefix("2001:db8::/32")}
+			}},
+		{"repeated prefixes", []string{"--vip=192.0.2.7/24", "--vip=192.0.2.8/24"}, nil, "", func(p *Protect) {
+			p.VIPs = []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24"), netip.MustParsePrefix("192.0.2.8/24")}
+		}},
 		{"a key of another command", nil, nil, "detect: 1s\nname: f", func(p *Protect) { p.Name = "f" }},
 		{"empty file", nil, nil, "# nothing\n", func(*Protect) {}},
 		{"null document", nil, nil, "---\n~\n", func(*Protect) {}},

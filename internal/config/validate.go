@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/ftckpt/ftckpt/internal/remote"
@@ -61,7 +62,10 @@ func (p *Protect) Validate() error {
 	if p.PID < 2 {
 		return problem("pid", "%d is not a process that can be protected", p.PID)
 	}
-	if err := checkVIP(p.VIP); err != nil {
+	if err := checkVIPs(p.VIPs); err != nil {
+		return err
+	}
+	if err := checkClients(p.Clients, p.VIPs); err != nil {
 		return err
 	}
 	if err := checkDev(p.Dev); err != nil {
@@ -70,7 +74,7 @@ func (p *Protect) Validate() error {
 	if err := checkPorts(p.Ports); err != nil {
 		return err
 	}
-	if err := checkOutgoing(p.Outgoing, p.VIP); err != nil {
+	if err := checkOutgoing(p.Outgoing, p.VIPs); err != nil {
 		return err
 	}
 	if p.Interval != 0 && (p.Interval < MinInterval || p.Interval > MaxInterval) {
@@ -143,21 +147,69 @@ func (d *Demo) Validate() error {
 	return nil
 }
 
-// checkVIP accepts one IPv4 host address inside the network that its length
-// gives.
+// checkVIPs accepts some host addresses, each once.
+func checkVIPs(vips []netip.Prefix) error {
+	if len(vips) == 0 {
+		return problem("vip", "want ADDR/LEN, as 192.0.2.10/24 or 2001:db8::10/64")
+	}
+	if len(vips) > MaxVIPs {
+		return problem("vip", "%d addresses are too many: want at most %d", len(vips), MaxVIPs)
+	}
+	seen := map[netip.Addr]bool{}
+	for _, v := range vips {
+		if err := checkVIP(v); err != nil {
+			return err
+		}
+		if seen[v.Addr()] {
+			return problem("vip", "%v is given twice", v.Addr())
+		}
+		seen[v.Addr()] = true
+	}
+	return nil
+}
+
+// checkVIP accepts one host address inside the network that its length gives.
 func checkVIP(vip netip.Prefix) error {
 	a := vip.Addr()
 	switch {
 	case !vip.IsValid():
-		return problem("vip", "want ADDR/LEN, as 192.0.2.10/24")
-	case !a.Is4():
-		return problem("vip", "%v: IPv6 is not supported yet", vip)
+		return problem("vip", "want ADDR/LEN, as 192.0.2.10/24 or 2001:db8::10/64")
+	case a.Is4In6():
+		return problem("vip", "%v: write it as the IPv4 address that it is", vip)
 	case a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || vip.Bits() == 0:
 		return problem("vip", "%v is not an address that a service can have", vip)
-	case vip.Bits() < 31 && a == vip.Masked().Addr():
+	case a.Is6() && a.IsLinkLocalUnicast():
+		return problem("vip", "%v: a link-local address means another host's on another link: take one that clients can name without an interface", vip)
+	case a.Is4() && vip.Bits() < 31 && a == vip.Masked().Addr():
 		return problem("vip", "%v is the network, not an address in it", vip)
-	case vip.Bits() < 31 && a == lastOf(vip):
+	case a.Is6() && vip.Bits() < 127 && a == vip.Masked().Addr():
+		return problem("vip", "%v is the network's router anycast address (RFC 4291, 2.6.1), not one that a service can have", vip)
+	case a.Is4() && vip.Bits() < 31 && a == lastOf(vip):
 		return problem("vip", "%v is the network's broadcast address", vip)
+	}
+	return nil
+}
+
+// checkClients accepts networks from which one of the addresses can be reached.
+func checkClients(nets, vips []netip.Prefix) error {
+	if len(nets) > MaxClientNets {
+		return problem("client-net", "%d networks are too many: want at most %d", len(nets), MaxClientNets)
+	}
+	for i, n := range nets {
+		same := func(v netip.Prefix) bool { return v.Addr().Is4() == n.Addr().Is4() }
+		switch {
+		case n != n.Masked():
+			return problem("client-net", "%v is an address in a network, not the network: want %v (or %v for that address alone)", n, n.Masked(), netip.PrefixFrom(n.Addr(), n.Addr().BitLen()))
+		case n.Addr().Is4In6():
+			return problem("client-net", "%v: write it as the IPv4 network that it is", n)
+		case !slices.ContainsFunc(vips, same):
+			return problem("client-net", "%v is of an address family in which the service has no --vip", n)
+		}
+		for _, other := range nets[:i] {
+			if n.Overlaps(other) {
+				return problem("client-net", "%v and %v overlap: give the larger one alone", other, n)
+			}
+		}
 	}
 	return nil
 }
@@ -195,15 +247,16 @@ func checkPorts(ports []uint16) error {
 	return nil
 }
 
-func checkOutgoing(peers []remote.Range, vip netip.Prefix) error {
+func checkOutgoing(peers []remote.Range, vips []netip.Prefix) error {
 	if len(peers) > MaxOutgoing {
 		return problem("outgoing", "%d networks are too many: want at most %d", len(peers), MaxOutgoing)
 	}
 	seen := map[remote.Range]bool{}
 	for _, p := range peers {
+		same := func(v netip.Prefix) bool { return v.Addr().Is4() == p.Net.Addr().Is4() }
 		switch {
-		case p.Net.Addr().Is4() != vip.Addr().Is4():
-			return problem("outgoing", "%v is not of the address family of %v, from which such connections come", p, vip.Addr())
+		case !slices.ContainsFunc(vips, same):
+			return problem("outgoing", "%v is of an address family in which the service has no --vip, from which such connections come", p)
 		case seen[p]:
 			return problem("outgoing", "%v is given twice", p)
 		}

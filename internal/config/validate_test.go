@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 
 func goodProtect() Protect {
 	p := defaults()
-	p.PID, p.VIP, p.Dev, p.Join = 4242, netip.MustParsePrefix("192.0.2.10/24"), "eth0", "ftckpt-join"
+	p.PID, p.VIPs, p.Dev, p.Join = 4242, []netip.Prefix{netip.MustParsePrefix("192.0.2.10/24")}, "eth0", "ftckpt-join"
 	return p
 }
 
@@ -39,7 +40,7 @@ func check(t *testing.T, err error, want string) {
 }
 
 func TestProtectValidate(t *testing.T) {
-	vip := netip.MustParsePrefix
+	vip := func(s string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(s)} }
 	tests := []struct {
 		name string
 		edit func(*Protect)
@@ -57,22 +58,33 @@ func TestProtectValidate(t *testing.T) {
 		{"longer name", func(p *Protect) { p.Name = strings.Repeat("a", MaxName+1) }, "name: not a service name"},
 		{"pid 0", func(p *Protect) { p.PID = 0 }, "pid: 0 is not a process"},
 		{"pid 1", func(p *Protect) { p.PID = 1 }, "pid: 1 is not a process"},
-		{"no vip", func(p *Protect) { p.VIP = netip.Prefix{} }, "vip: want ADDR/LEN"},
-		{"ipv6", func(p *Protect) { p.VIP = vip("2001:db8::1/64") }, "vip: IPv6 is not supported yet"},
-		{"network", func(p *Protect) { p.VIP = vip("192.0.2.0/24") }, "vip: the network, not an address in it"},
-		{"broadcast", func(p *Protect) { p.VIP = vip("192.0.2.255/24") }, "vip: broadcast"},
-		{"broadcast in mid-octet", func(p *Protect) { p.VIP = vip("192.0.3.255/23") }, "vip: broadcast"},
-		{"no broadcast in mid-octet", func(p *Protect) { p.VIP = vip("192.0.2.255/23") }, ""},
-		{"point to point", func(p *Protect) { p.VIP = vip("192.0.2.0/31") }, ""},
-		{"host", func(p *Protect) { p.VIP = vip("192.0.2.10/32") }, ""},
-		{"loopback", func(p *Protect) { p.VIP = vip("127.0.0.1/8") }, "vip: not an address that a service can have"},
-		{"multicast", func(p *Protect) { p.VIP = vip("224.0.0.9/24") }, "vip: not an address that a service can have"},
-		{"length 0", func(p *Protect) { p.VIP = vip("192.0.2.1/0") }, "vip: not an address that a service can have"},
+		{"no vip", func(p *Protect) { p.VIPs = nil }, "vip: want ADDR/LEN"},
+		{"ipv6", func(p *Protect) { p.VIPs = vip("2001:db8::1/64") }, ""},
+		{"both families", func(p *Protect) { p.VIPs = append(vip("2001:db8::1/64"), vip("192.0.2.10/24")...) }, ""},
+		{"ipv6 anycast", func(p *Protect) { p.VIPs = vip("2001:db8::/64") }, "vip: router anycast"},
+		{"ipv6 link-local", func(p *Protect) { p.VIPs = vip("fe80::1/64") }, "vip: link-local"},
+		{"mapped", func(p *Protect) { p.VIPs = vip("::ffff:192.0.2.1/120") }, "vip: IPv4 address that it is"},
+		{"vip twice", func(p *Protect) { p.VIPs = append(vip("192.0.2.1/24"), vip("192.0.2.1/25")...) }, "vip: given twice"},
+		{"too many vips", func(p *Protect) { p.VIPs = slices.Repeat(vip("192.0.2.1/24"), MaxVIPs+1) }, "vip: too many"},
+		{"client net", func(p *Protect) { p.Clients = append(vip("10.0.0.0/8"), vip("192.0.2.0/24")...) }, ""},
+		{"client nets of another family", func(p *Protect) { p.Clients = vip("2001:db8::/64") }, "client-net: no --vip"},
+		{"client address", func(p *Protect) { p.Clients = vip("10.0.0.1/8") }, "client-net: want 10.0.0.0/8"},
+		{"client nets overlap", func(p *Protect) { p.Clients = append(vip("10.0.0.0/8"), vip("10.1.0.0/16")...) }, "client-net: overlap"},
+		{"too many client nets", func(p *Protect) { p.Clients = slices.Repeat(vip("10.0.0.0/8"), MaxClientNets+1) }, "client-net: too many"},
+		{"network", func(p *Protect) { p.VIPs = vip("192.0.2.0/24") }, "vip: the network, not an address in it"},
+		{"broadcast", func(p *Protect) { p.VIPs = vip("192.0.2.255/24") }, "vip: broadcast"},
+		{"broadcast in mid-octet", func(p *Protect) { p.VIPs = vip("192.0.3.255/23") }, "vip: broadcast"},
+		{"no broadcast in mid-octet", func(p *Protect) { p.VIPs = vip("192.0.2.255/23") }, ""},
+		{"point to point", func(p *Protect) { p.VIPs = vip("192.0.2.0/31") }, ""},
+		{"host", func(p *Protect) { p.VIPs = vip("192.0.2.10/32") }, ""},
+		{"loopback", func(p *Protect) { p.VIPs = vip("127.0.0.1/8") }, "vip: not an address that a service can have"},
+		{"multicast", func(p *Protect) { p.VIPs = vip("224.0.0.9/24") }, "vip: not an address that a service can have"},
+		{"length 0", func(p *Protect) { p.VIPs = vip("192.0.2.1/0") }, "vip: not an address that a service can have"},
 		{"long dev", func(p *Protect) { p.Dev = "abcdefghijklmnop" }, "dev: not the name of a network interface"},
 		{"dev with a slash", func(p *Protect) { p.Dev = "a/b" }, "dev: not the name of a network interface"},
 		{"port 0", func(p *Protect) { p.Ports = []uint16{0} }, "port: 0 is not a port"},
 		{"port twice", func(p *Protect) { p.Ports = []uint16{1, 2, 1} }, "port: 1 is given twice"},
-		{"peer of the other family", func(p *Protect) { p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("2001:db8::/64")}} }, "outgoing: 2001:db8::/64 is not of the address family"},
+		{"peer of the other family", func(p *Protect) { p.Outgoing = []remote.Range{{Net: netip.MustParsePrefix("2001:db8::/64")}} }, "outgoing: 2001:db8::/64 is of an address family"},
 		{"peer twice", func(p *Protect) {
 			r := remote.Range{Net: netip.MustParsePrefix("192.0.2.0/24"), Port: 5432}
 			p.Outgoing = []remote.Range{r, r}

@@ -86,7 +86,7 @@ func fullStatus() Status {
 	return Status{
 		Service: "redis", Node: "a", PID: 42, Role: RolePrimary, Epoch: 3,
 		Protected: true, ProtectedSince: &since,
-		VIP: "192.0.2.10/24", Ports: []uint16{6379}, Connections: 10,
+		VIPs: []string{"192.0.2.10/24"}, Ports: []uint16{6379}, ClientNets: []string{"198.51.100.0/24"}, Connections: 10,
 		Log:        Log{URL: "tls://192.0.2.2:4222", Durability: DurableProcess, Stable: 900, LagRecords: 1, LagBytes: 64, LagUS: 120, State: LogOK},
 		Generation: Generation{ID: 7, AgeSeconds: 1.5, Bytes: 1 << 20, PauseUS: 8123},
 		Held:       Held{Packets: 2, P50US: 100, P99US: 900},
@@ -141,14 +141,14 @@ func TestStatusJSON(t *testing.T) {
 	}{
 		{"empty", Status{Role: RoleStandby, Reason: "no primary yet"}, `{
 			"service":"","node":"","role":"standby","epoch":0,"protected":false,"protected_since":null,"reason":"no primary yet",
-			"vip":"","ports":[],"connections":0,
+			"vips":[],"ports":[],"client_nets":[],"connections":0,
 			"log":{"url":"","durability":"","stable":0,"lag_records":0,"lag_bytes":0,"lag_us":0,"state":""},
 			"generation":{"id":0,"age_seconds":0,"bytes":0,"pause_us":0},
 			"held":{"packets":0,"p50_us":0,"p99_us":0},
 			"queue_drops":0,"divergences":0,"standbys":[],"takeovers":0}`},
 		{"full", func() Status { s := fullStatus(); s.ProtectedSince = &local; return s }(), `{
 			"service":"redis","node":"a","pid":42,"role":"primary","epoch":3,"protected":true,"protected_since":"2025-11-21T20:48:00Z",
-			"vip":"192.0.2.10/24","ports":[6379],"connections":10,
+			"vips":["192.0.2.10/24"],"ports":[6379],"client_nets":["198.51.100.0/24"],"connections":10,
 			"log":{"url":"tls://192.0.2.2:4222","durability":"process","stable":900,"lag_records":1,"lag_bytes":64,"lag_us":120,"state":"ok"},
 			"generation":{"id":7,"age_seconds":1.5,"bytes":1048576,"pause_us":8123},
 			"held":{"packets":2,"p50_us":100,"p99_us":900},

@@ -50,8 +50,9 @@ type Status struct {
 	ProtectedSince *time.Time `json:"protected_since"` // null when not protected
 	Reason         string     `json:"reason,omitempty"`
 
-	VIP         string   `json:"vip"`
+	VIPs        []string `json:"vips"`
 	Ports       []uint16 `json:"ports"`
+	ClientNets  []string `json:"client_nets"` // whose connections are protected; empty: all
 	Connections int      `json:"connections"`
 
 	Log         Log        `json:"log"`
@@ -129,6 +130,12 @@ func (s Status) ExitCode() exitcode.Code {
 // normal makes the JSON form the same whether a list is empty or nil, and
 // whatever the handler's clock and zone.
 func (s Status) normal() Status {
+	if s.VIPs == nil {
+		s.VIPs = []string{}
+	}
+	if s.ClientNets == nil {
+		s.ClientNets = []string{}
+	}
 	if s.Ports == nil {
 		s.Ports = []uint16{}
 	}

@@ -44,7 +44,7 @@ func unaccepted(netns string, svc service, missing []tcpwrap.Missing) (ids []str
 	if len(missing) == 0 {
 		return nil, 0, nil
 	}
-	socks, err := tcpwrap.Sockets(netns, svc.VIP.Addr(), svc.Ports)
+	socks, err := tcpwrap.Sockets(netns, svc.addrs(), svc.Ports)
 	if err != nil {
 		return nil, 0, err
 	}

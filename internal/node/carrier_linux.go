@@ -94,11 +94,7 @@ func (p *primary) pluggedIn(ctx context.Context) {
 // forgetNeighbours drops the packets that wait for an answer to "who has".
 func (p *primary) forgetNeighbours(index int) error {
 	return nsthread.InNamed(p.where.netns, func() error {
-		family := netlink.FAMILY_V4
-		if p.svc.VIP.Addr().Is6() {
-			family = netlink.FAMILY_V6
-		}
-		neighbours, err := netlink.NeighList(index, family)
+		neighbours, err := netlink.NeighList(index, netlink.FAMILY_ALL)
 		if err != nil {
 			return fmt.Errorf("list neighbours: %w", err)
 		}

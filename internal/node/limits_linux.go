@@ -9,6 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// enoughFiles is a limit that is not worth a warning.
+const enoughFiles = 16384
+
 // raiseLimits lets this process, and the CRIU it starts, have as many open files
 // as the kernel allows any: a service has one for each connection, and whoever
 // dumps or restores it has them all.
@@ -26,7 +29,7 @@ func raiseLimits(log *slog.Logger) {
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &now) == nil && now.Cur >= n {
 		return
 	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: max(n, now.Max)}); err != nil {
-		log.Warn("raise the limit of open files: a service of very many connections may not be dumped or restored", "have", now.Cur, "want", n, "err", err)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: max(n, now.Max)}); err != nil && now.Cur < enoughFiles {
+		log.Warn("raise the limit of open files (needs CAP_SYS_RESOURCE): a service of more connections than that may not be dumped or restored", "have", now.Cur, "err", err)
 	}
 }

@@ -215,7 +215,7 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 			switch {
 			case err == nil && !announced:
 				announced = true
-				if err := ready.Announce(p.out, "protected", fmt.Sprintf("protecting pid %d as %s", p.where.pid, p.svc.VIP)); err != nil {
+				if err := ready.Announce(p.out, "protected", fmt.Sprintf("protecting pid %d as %s", p.where.pid, p.svc.vips())); err != nil {
 					p.log.Warn("announce readiness", "err", err)
 				}
 			case err != nil:
@@ -358,7 +358,7 @@ func (p *primary) leaveHost(why error) error {
 }
 
 func (p *primary) destroySockets() error {
-	_, err := tcpwrap.DestroySockets(p.where.netns, p.svc.VIP.Addr(), p.svc.Ports, p.svc.Outgoing...)
+	_, err := tcpwrap.DestroySockets(p.where.netns, p.svc.addrs(), p.svc.Ports, p.svc.Outgoing...)
 	return err
 }
 

@@ -67,10 +67,10 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	defer lg.Close()
 	p := newPrimary(&primary{
 		log: log, out: out, node: node, svc: svc,
-		where: place{pid: cfg.PID, dev: cfg.Dev, leave: func() error { return removeVIP(cfg) }},
+		where: place{pid: cfg.PID, dev: cfg.Dev, leave: func() error { return removeVIPs(cfg) }},
 		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), criu: criu,
 		rules: &tcpwrap.Rules{
-			Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Peers: svc.Outgoing, Dev: svc.Dev, Mark: packetMark,
+			Name: instance(cfg.Name, cfg.RunDir), VIPs: svc.addrs(), Ports: svc.Ports, Clients: svc.Clients, Peers: svc.Outgoing, Dev: svc.Dev, Mark: packetMark,
 		},
 		exited: watch.Exited(), life: watch.Life, fencedServer: cfg.Fenced,
 	})
@@ -83,7 +83,7 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 		return err
 	}
 	// Only now: an address in use means something else to one who was replaced.
-	if err := checkVIP(ctx, cfg); err != nil {
+	if err := checkVIPs(ctx, cfg); err != nil {
 		return err
 	}
 	if err := p.claim(ctx, watch, prev); err != nil {
@@ -112,7 +112,10 @@ func answer(ctx context.Context, ctl *control.Server, h control.Handler, log *sl
 
 // examine finds out whether this process can be protected.
 func examine(cfg config.Protect) (service, error) {
-	svc := service{Name: cfg.Name, VIP: cfg.VIP, Ports: cfg.Ports, Outgoing: cfg.Outgoing, Dev: cfg.Dev, Interval: cfg.Interval}
+	svc := service{
+		Name: cfg.Name, VIPs: cfg.VIPs, Ports: cfg.Ports, Clients: cfg.Clients, Outgoing: cfg.Outgoing,
+		Dev: cfg.Dev, Interval: cfg.Interval,
+	}
 	target, err := check.InspectTarget(cfg.PID)
 	if err != nil {
 		return svc, exitcode.Wrap(exitcode.Unsuitable, err)
@@ -123,17 +126,25 @@ func examine(cfg config.Protect) (service, error) {
 	if !sameNetNS(cfg.PID) {
 		return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d is in another network namespace: run ftckpt protect in there (nsenter -t %d -n)", cfg.PID, cfg.PID)
 	}
-	heard := portsAt(target.Listeners, cfg.VIP.Addr())
-	for _, p := range svc.Ports {
-		if !slices.Contains(heard, p) {
-			return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: it listens on ports %v of %s", cfg.PID, netip.AddrPortFrom(cfg.VIP.Addr(), p), heard, cfg.VIP.Addr())
+	for _, v := range cfg.VIPs {
+		heard := portsAt(target.Listeners, v.Addr())
+		if len(heard) == 0 {
+			return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: bind the server to that address (or to all), or give the right --vip", cfg.PID, v.Addr())
 		}
-	}
-	if len(svc.Ports) == 0 {
-		svc.Ports = heard
-	}
-	if len(svc.Ports) == 0 {
-		return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: bind the server to that address (or to all), or give the right --vip", cfg.PID, cfg.VIP.Addr())
+		for _, p := range cfg.Ports {
+			if !slices.Contains(heard, p) {
+				return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d does not listen on %s: it listens on ports %v of %s", cfg.PID, netip.AddrPortFrom(v.Addr(), p), heard, v.Addr())
+			}
+		}
+		if len(cfg.Ports) > 0 {
+			continue
+		}
+		if svc.Ports == nil {
+			svc.Ports = heard
+		}
+		if !slices.Equal(svc.Ports, heard) {
+			return svc, exitcode.Errorf(exitcode.Unsuitable, "pid %d listens on ports %v of %s but on ports %v of %s: give those that it has on every address as --port", cfg.PID, svc.Ports, cfg.VIPs[0].Addr(), heard, v.Addr())
+		}
 	}
 	return svc, nil
 }
@@ -149,11 +160,13 @@ func sameNetNS(pid int) bool {
 	return err != nil || ours == theirs
 }
 
-// portsAt are the ports on which listeners hear what is sent to addr.
+// portsAt are the ports on which listeners hear what is sent to addr. One on
+// [::] hears IPv4 as well unless it was told not to, which /proc does not say;
+// one on 0.0.0.0 never hears IPv6.
 func portsAt(listeners []check.Listener, addr netip.Addr) []uint16 {
 	var ports []uint16
 	for _, l := range listeners {
-		if a := l.Addr.Addr(); a.IsUnspecified() || a.Unmap() == addr {
+		if a := l.Addr.Addr(); a.IsUnspecified() && (a.Is6() || addr.Is4()) || a.Unmap() == addr {
 			ports = append(ports, l.Addr.Port())
 		}
 	}
@@ -218,7 +231,11 @@ func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch, prev stre
 		m.Append(stream.Hello{Config: svc.hello()})
 	})
 	p.drv.start()
-	if err := p.rules.Install(); err != nil {
+	err = p.rules.Install()
+	if err == nil {
+		err = p.rules.RemoveOthers()
+	}
+	if err != nil {
 		_ = p.drv.close()
 		_ = p.w.Close()
 		return exitcode.Wrap(exitcode.Unsuitable, fmt.Errorf("install packet rules: %w", err))
@@ -266,7 +283,7 @@ func (p *primary) makeWay(owner stream.Fence) error {
 		return nil
 	}
 	return p.leaveHost(exitcode.Errorf(exitcode.Fenced, "%s was taken over by node %s (epoch %d) while nothing watched this server: it is not the service any more, and %s was removed from this host",
-		p.svc.Name, owner.Node, owner.Epoch, p.svc.VIP.Addr()))
+		p.svc.Name, owner.Node, owner.Epoch, p.svc.vips()))
 }
 
 // legacy is what earlier epochs leave in the log.

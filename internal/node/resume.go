@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -121,11 +122,29 @@ func inCapsule(pid int, c *capsule.Capsule) place {
 	return place{pid: pid, initPID: c.InitPID(), netns: c.NetNS(), dev: capsule.DefaultVIPDev, leave: c.DropVIP}
 }
 
+// prepareVIPs gives a capsule the service's addresses, without anybody seeing
+// them yet, instead of those that an earlier protection had.
+func prepareVIPs(c *capsule.Capsule, svc service) error {
+	have := c.VIPs()
+	if slices.Equal(have, svc.VIPs) {
+		return nil
+	}
+	if len(have) > 0 {
+		if err := c.DropVIP(); err != nil {
+			return fmt.Errorf("give up the service's earlier addresses: %w", err)
+		}
+	}
+	if err := c.PrepareVIPs(svc.VIPs); err != nil {
+		return fmt.Errorf("prepare the service's addresses %s in the capsule: %w", svc.vips(), err)
+	}
+	return nil
+}
+
 // capsuleRules are the rules of a service in a capsule, where the only device
 // besides lo is its own.
 func capsuleRules(cfg config.Standby, svc service, c *capsule.Capsule) *tcpwrap.Rules {
 	return &tcpwrap.Rules{
-		Name: instance(cfg.Name, cfg.RunDir), VIP: svc.VIP.Addr(), Ports: svc.Ports, Peers: svc.Outgoing,
+		Name: instance(cfg.Name, cfg.RunDir), VIPs: svc.addrs(), Ports: svc.Ports, Clients: svc.Clients, Peers: svc.Outgoing,
 		Mark: packetMark, NetNS: c.NetNS(),
 	}
 }

@@ -22,12 +22,13 @@ import (
 // service is what a standby has to know in order to run it; it travels in the
 // Hello record at the beginning of every epoch.
 type service struct {
-	Name  string       `json:"name"`
-	VIP   netip.Prefix `json:"vip"`
-	Ports []uint16     `json:"ports"`
-	Dev   string       `json:"dev"` // the primary's interface; the capsule's gets the same name
-	// Outgoing are the peers to which connections that the server opens from VIP
-	// are protected.
+	Name    string         `json:"name"`
+	VIPs    []netip.Prefix `json:"vips"`
+	Ports   []uint16       `json:"ports"`
+	Clients []netip.Prefix `json:"clients,omitempty"` // networks whose connections are protected; none: all
+	Dev     string         `json:"dev"`               // the primary's interface; the capsule's gets the same name
+	// Outgoing are the peers to which connections that the server opens from a
+	// VIP are protected.
 	Outgoing []remote.Range `json:"outgoing,omitempty"`
 	Interval time.Duration  `json:"interval"` // between generations, ns
 	// Anew says that the epoch began with a server that ran already: what it did
@@ -50,7 +51,9 @@ func parseService(b []byte) (service, error) {
 		return s, fmt.Errorf("read the service's description: %w", err)
 	}
 	switch {
-	case !s.VIP.IsValid(), len(s.Ports) == 0, len(s.Ports) > 64, len(s.Outgoing) > config.MaxOutgoing, s.Interval < 0:
+	case len(s.VIPs) == 0, len(s.VIPs) > config.MaxVIPs, !allValid(s.VIPs),
+		len(s.Clients) > config.MaxClientNets, !allValid(s.Clients),
+		len(s.Ports) == 0, len(s.Ports) > config.MaxPorts, len(s.Outgoing) > config.MaxOutgoing, s.Interval < 0:
 		return s, fmt.Errorf("read the service's description: incomplete (%s)", b)
 	case s.Dev == "" || len(s.Dev) > 15 || strings.ContainsAny(s.Dev, "/ \t\n%"):
 		return s, fmt.Errorf("read the service's description: interface name %q", s.Dev)
@@ -58,15 +61,38 @@ func parseService(b []byte) (service, error) {
 	return s, nil
 }
 
-// serves reports whether a tuple is a client's connection to the service.
+func allValid(ps []netip.Prefix) bool {
+	return !slices.ContainsFunc(ps, func(p netip.Prefix) bool { return !p.IsValid() || p.Addr().Is4In6() })
+}
+
+// addrs are the service's addresses.
+func (s service) addrs() []netip.Addr {
+	var a []netip.Addr
+	for _, v := range s.VIPs {
+		a = append(a, v.Addr())
+	}
+	return a
+}
+
+// vips are the service's addresses for people.
+func (s service) vips() string { return strings.Join(texts(s.VIPs), ", ") }
+
+// at reports whether an address and port is one of the service's.
+func (s service) at(server netip.AddrPort) bool {
+	return slices.Contains(s.Ports, server.Port()) && slices.Contains(s.addrs(), server.Addr())
+}
+
+// serves reports whether a tuple is a client's connection to the service that is
+// protected.
 func (s service) serves(t stream.FourTuple) bool {
-	return t.Server.Addr() == s.VIP.Addr() && slices.Contains(s.Ports, t.Server.Port())
+	in := func(n netip.Prefix) bool { return n.Contains(t.Client.Addr()) }
+	return s.at(t.Server) && (len(s.Clients) == 0 || slices.ContainsFunc(s.Clients, in))
 }
 
 // dialled reports whether a tuple is a protected connection that the server
 // opened.
 func (s service) dialled(t stream.FourTuple) bool {
-	return t.Server.Addr() == s.VIP.Addr() && !s.serves(t) && remote.Any(s.Outgoing, t.Client)
+	return slices.Contains(s.addrs(), t.Server.Addr()) && !s.at(t.Server) && remote.Any(s.Outgoing, t.Client)
 }
 
 // nodeID is this installation's name among the nodes of a service: the host's

@@ -283,10 +283,8 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("generation %d: %w", gen.ID, err)
 	}
-	if s.capsule.VIP() != svc.VIP {
-		if err := s.capsule.PrepareVIP(svc.VIP); err != nil {
-			return fmt.Errorf("prepare the service's address %s in the capsule: %w", svc.VIP, err)
-		}
+	if err := prepareVIPs(s.capsule, svc); err != nil {
+		return err
 	}
 	if err := checkpoint.VerifyFiles(m.Files, "/", &s.hasher); err != nil {
 		return fmt.Errorf("generation %d cannot be restored on this host: %w", gen.ID, err)

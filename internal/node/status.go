@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sort"
 	"time"
 
@@ -111,7 +112,7 @@ func (p *primary) Status() control.Status {
 	defer p.mu.Unlock()
 	s := control.Status{
 		Service: p.svc.Name, Node: p.node, PID: p.where.pid, Role: p.role, Epoch: uint64(p.w.Epoch()),
-		VIP: p.svc.VIP.String(), Ports: p.svc.Ports, Connections: m.Connections,
+		VIPs: texts(p.svc.VIPs), Ports: p.svc.Ports, ClientNets: texts(p.svc.Clients), Connections: m.Connections,
 		Log: control.Log{
 			URL: p.url, Durability: control.DurableProcess, Stable: uint64(p.w.Stable()),
 			LagRecords: uint64(records), LagBytes: uint64(bytes), State: control.LogOK,
@@ -138,6 +139,14 @@ func (p *primary) Status() control.Status {
 		s.ProtectedSince = &since
 	}
 	return s
+}
+
+func texts(ps []netip.Prefix) []string {
+	t := make([]string, 0, len(ps))
+	for _, p := range ps {
+		t = append(t, p.String())
+	}
+	return t
 }
 
 // unprotected says why a failure now would cost connections; "" when it would
@@ -182,7 +191,8 @@ func (s *standby) Status() control.Status {
 		st.Role = control.RoleTakingOver
 	}
 	if s.local.gen.ID != 0 {
-		st.VIP, st.Ports = s.local.svc.VIP.String(), s.local.svc.Ports
+		svc := s.local.svc
+		st.VIPs, st.Ports, st.ClientNets = texts(svc.VIPs), svc.Ports, texts(svc.Clients)
 		st.Generation = control.Generation{
 			ID: s.local.gen.ID, AgeSeconds: time.Since(s.local.at).Seconds(),
 			Bytes: uint64(s.local.manifest.ImageBytes), PauseUS: s.local.manifest.PauseUS,

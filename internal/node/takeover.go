@@ -294,10 +294,8 @@ func (r *recovery) plan() error {
 // moves before the restore, so that clients' retransmission timers do not back
 // off meanwhile.
 func (r *recovery) takeAddress(ctx context.Context) error {
-	if r.capsule.VIP() != r.svc.VIP {
-		if err := r.capsule.PrepareVIP(r.svc.VIP); err != nil {
-			return fmt.Errorf("prepare the service's address: %w", err)
-		}
+	if err := prepareVIPs(r.capsule, r.svc); err != nil {
+		return err
 	}
 	r.rules = capsuleRules(r.cfg, r.svc, r.capsule)
 	q, number, err := openQueue(r.rules.NetNS, r.rules.Name)
@@ -314,13 +312,13 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	r.drv.start()
 	if err := r.capsule.TakeVIP(); err != nil {
 		_ = r.drv.close()
-		return fmt.Errorf("take the address %s: %w", r.svc.VIP.Addr(), err)
+		return fmt.Errorf("take the address %s: %w", r.svc.vips(), err)
 	}
 	if err := r.capsule.Announce(ctx); err != nil {
 		r.log.Warn("announce the address", "err", err)
 	}
 	r.drv.with(r.engine.Greet)
-	r.clock.step("vip-taken", &r.clock.t.VIPMS, "vip", r.svc.VIP.String())
+	r.clock.step("vip-taken", &r.clock.t.VIPMS, "vip", r.svc.vips())
 	return nil
 }
 

@@ -2,8 +2,12 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -16,8 +20,8 @@ import (
 // probeTime is how long an address probe listens for another owner.
 const probeTime = 600 * time.Millisecond
 
-// checkVIP makes sure that the address is here and nowhere else.
-func checkVIP(ctx context.Context, cfg config.Protect) error {
+// checkVIPs makes sure that the addresses are here and nowhere else.
+func checkVIPs(ctx context.Context, cfg config.Protect) error {
 	link, err := netlink.LinkByName(cfg.Dev)
 	if err != nil {
 		return exitcode.Wrap(exitcode.Config, fmt.Errorf("find interface %s: %w", cfg.Dev, err))
@@ -26,25 +30,42 @@ func checkVIP(ctx context.Context, cfg config.Protect) error {
 	if err != nil {
 		return fmt.Errorf("list addresses of %s: %w", cfg.Dev, err)
 	}
-	here := false
-	for _, a := range addrs {
-		here = here || a.IP.Equal(net.IP(cfg.VIP.Addr().AsSlice()))
+	for _, v := range cfg.VIPs {
+		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return isAddr(a, v) }) {
+			return exitcode.Errorf(exitcode.Config, "%s is not an address of %s: add it (ip addr add %s dev %s) and bind the server to it, or give the right --vip and --dev",
+				v.Addr(), cfg.Dev, v, cfg.Dev)
+		}
 	}
-	if !here {
-		return exitcode.Errorf(exitcode.Config, "%s is not an address of %s: add it (ip addr add %s dev %s) and bind the server to it, or give the right --vip and --dev",
-			cfg.VIP.Addr(), cfg.Dev, cfg.VIP, cfg.Dev)
+	errs := make([]error, len(cfg.VIPs))
+	var wg sync.WaitGroup
+	for i, v := range cfg.VIPs { // all at once: each takes its time
+		wg.Go(func() { errs[i] = checkUnused(ctx, cfg.Dev, v.Addr()) })
 	}
-	mac, used, err := l2.Probe(ctx, cfg.Dev, cfg.VIP.Addr(), probeTime)
-	if err != nil {
-		return fmt.Errorf("ask the network for %s: %w", cfg.VIP.Addr(), err)
-	}
-	if used {
-		return exitcode.Errorf(exitcode.Config, "%s is in use on the network by %s as well: another host serves it (was it taken over?); find it before you protect this one", cfg.VIP.Addr(), mac)
+	wg.Wait()
+	for _, err := range errs { // one is enough
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-func removeVIP(cfg config.Protect) error {
+func checkUnused(ctx context.Context, dev string, addr netip.Addr) error {
+	mac, used, err := l2.Probe(ctx, dev, addr, probeTime)
+	if err != nil {
+		return fmt.Errorf("ask the network for %s: %w", addr, err)
+	}
+	if used {
+		return exitcode.Errorf(exitcode.Config, "%s is in use on the network by %s as well: another host serves it (was it taken over?); find it before you protect this one", addr, mac)
+	}
+	return nil
+}
+
+func isAddr(a netlink.Addr, v netip.Prefix) bool { return a.IP.Equal(net.IP(v.Addr().AsSlice())) }
+
+// removeVIPs takes the addresses off this host. One that cannot be removed does
+// not keep the others here.
+func removeVIPs(cfg config.Protect) error {
 	link, err := netlink.LinkByName(cfg.Dev)
 	if err != nil {
 		return fmt.Errorf("find interface %s: %w", cfg.Dev, err)
@@ -53,12 +74,14 @@ func removeVIP(cfg config.Protect) error {
 	if err != nil {
 		return fmt.Errorf("list addresses of %s: %w", cfg.Dev, err)
 	}
+	var errs []error
 	for i := range addrs {
-		if addrs[i].IP.Equal(net.IP(cfg.VIP.Addr().AsSlice())) {
-			if err := netlink.AddrDel(link, &addrs[i]); err != nil {
-				return fmt.Errorf("remove %s from %s: %w", cfg.VIP, cfg.Dev, err)
-			}
+		if !slices.ContainsFunc(cfg.VIPs, func(v netip.Prefix) bool { return isAddr(addrs[i], v) }) {
+			continue
+		}
+		if err := netlink.AddrDel(link, &addrs[i]); err != nil {
+			errs = append(errs, fmt.Errorf("remove %s from %s: %w", addrs[i].IP, cfg.Dev, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }

@@ -36,7 +36,7 @@ type Options struct {
 	// RunDir holds the state file; it is made (0700) if missing.
 	RunDir string
 	// Dev is the interface of the caller's network namespace that the macvlan
-	// stands on. Without it PrepareVIP fails.
+	// stands on. Without it PrepareVIPs fails.
 	Dev string
 	// VIPDev names the macvlan inside; DefaultVIPDev if empty. The primary's own
 	// name for the device is the best choice: a server may have bound to it.
@@ -454,9 +454,9 @@ func (c *Capsule) log() *slog.Logger {
 	return slog.Default()
 }
 
-// VIP is the address PrepareVIP was given; the zero Prefix if none.
-func (c *Capsule) VIP() netip.Prefix {
+// VIPs are the addresses PrepareVIPs was given; nil if none.
+func (c *Capsule) VIPs() []netip.Prefix {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.st.VIP
+	return slices.Clone(c.st.VIPs)
 }

@@ -9,7 +9,7 @@
 //   - Nothing of what happens inside reaches the network before TakeVIP: the
 //     only interface besides lo is the macvlan that carries the service's
 //     address, and it is down. Sockets can be bound, listened on and restored
-//     with that address all the same (IPv4; see PrepareVIP).
+//     with that address all the same (IPv4; see PrepareVIPs).
 //   - It outlives its agent for as long as a process lives inside, so that a
 //     killed agent never takes the server along. An empty capsule ends by
 //     itself when its agent is gone. When PID 1 ends, all inside ends.

@@ -479,11 +479,11 @@ func TestStartFails(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 	c := startPlain(t, Options{Dev: "no-such-device"})
-	if err := c.PrepareVIP(vip); err == nil {
+	if err := c.PrepareVIPs([]netip.Prefix{vip}); err == nil {
 		t.Error("prepared an address on no device")
 	}
-	if c.VIP().IsValid() {
-		t.Errorf("the capsule has %v all the same", c.VIP())
+	if len(c.VIPs()) > 0 {
+		t.Errorf("the capsule has %v all the same", c.VIPs())
 	}
 }
 
@@ -530,7 +530,7 @@ func hostRole(dir string) error {
 		return err
 	}
 	steps := []func() error{
-		func() error { return c.PrepareVIP(netip.MustParsePrefix("10.1.1.1/24")) },
+		func() error { return c.PrepareVIPs([]netip.Prefix{netip.MustParsePrefix("10.1.1.1/24")}) },
 		func() error { return c.ReservePIDs([]int{101}) },
 		func() error { return c.Command("sh", "-c", `test $$ -lt 200 && test -d /sys/class`).Run() },
 		func() error { return c.Command("setsid", "sleep", "1000").Start() },
@@ -539,8 +539,8 @@ func hostRole(dir string) error {
 		func() error { c.Release(); return nil },
 		func() (err error) { c, err = Adopt(dir, "svc"); return err },
 		func() error {
-			if c.VIP().String() != "10.1.1.1/24" || !c.taken {
-				return fmt.Errorf("adopted with %v, taken %v", c.VIP(), c.taken)
+			if fmt.Sprint(c.VIPs()) != "[10.1.1.1/24]" || !c.taken {
+				return fmt.Errorf("adopted with %v, taken %v", c.VIPs(), c.taken)
 			}
 			return c.Announce(context.Background())
 		},

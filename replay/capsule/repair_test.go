@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"testing"
 	"time"
@@ -140,7 +141,7 @@ func TestEstablishedSocketIsRestoredBeforeTheAddressIsTaken(t *testing.T) {
 			server.Close()
 
 			c := l.capsule(Options{VIPDev: "p0"})
-			l.must(c.PrepareVIP(vip))
+			l.must(c.PrepareVIPs([]netip.Prefix{vip}))
 			fd := -1
 			l.must(c.Do(func() (err error) { fd, err = restoreConn(saved, local); return err }))
 			defer unix.Close(fd)

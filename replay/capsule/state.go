@@ -36,14 +36,14 @@ type state struct {
 	Version int    `json:"version"`
 	Name    string `json:"name"`
 	identity
-	Dev    string       `json:"dev,omitempty"`
-	VIPDev string       `json:"vip_dev"`
-	PIDMax int          `json:"pid_max"`      // inside
-	VIP    netip.Prefix `json:"vip,omitzero"` // set once PrepareVIP has begun
+	Dev    string         `json:"dev,omitempty"`
+	VIPDev string         `json:"vip_dev"`
+	PIDMax int            `json:"pid_max"`        // inside
+	VIPs   []netip.Prefix `json:"vips,omitempty"` // set once PrepareVIPs has begun
 }
 
 const (
-	stateVersion = 1
+	stateVersion = 2
 	maxState     = 16 << 10
 )
 

@@ -2,22 +2,23 @@ package capsule
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 )
 
-const goodState = `{"version":1,"name":"svc","pid":77,"start_time":5,"boot_id":"b","pid_ns":"pid:[1]",
-	"dev":"eth0","vip_dev":"vip0","pid_max":32768,"vip":"10.0.0.1/24"}`
+const goodState = `{"version":2,"name":"svc","pid":77,"start_time":5,"boot_id":"b","pid_ns":"pid:[1]",
+	"dev":"eth0","vip_dev":"vip0","pid_max":32768,"vips":["10.0.0.1/24"]}`
 
 func TestDecodeState(t *testing.T) {
 	s, err := decodeState([]byte(goodState), "svc")
-	if err != nil || s.PID != 77 || s.VIP.String() != "10.0.0.1/24" || s.PIDMax != 32768 {
+	if err != nil || s.PID != 77 || fmt.Sprint(s.VIPs) != "[10.0.0.1/24]" || s.PIDMax != 32768 {
 		t.Fatalf("%+v, %v", s, err)
 	}
 	for what, change := range map[string][2]string{
-		"another version":        {`"version":1`, `"version":2`},
+		"another version":        {`"version":2`, `"version":1`},
 		"another name":           {`"svc"`, `"other"`},
 		"no pid":                 {`"pid":77,`, ``},
 		"the machine's own init": {`"pid":77`, `"pid":1`},
@@ -25,7 +26,7 @@ func TestDecodeState(t *testing.T) {
 		"no start time":          {`"start_time":5,`, ``},
 		"a path for a device":    {`"vip0"`, `"../x"`},
 		"an unknown field":       {`"pid":77`, `"pid":77,"more":1`},
-		"half a file":            {`"pid_max":32768,"vip":"10.0.0.1/24"}`, ``},
+		"half a file":            {`"pid_max":32768,"vips":["10.0.0.1/24"]}`, ``},
 	} {
 		bad := strings.Replace(goodState, change[0], change[1], 1)
 		if bad == goodState {

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,50 +39,55 @@ func (c *Capsule) handles() (host, inside *netlink.Handle, err error) {
 	return host, inside, nil
 }
 
-// PrepareVIP makes the device with the service's address inside the capsule: a
+// PrepareVIPs makes the device with the service's addresses inside the capsule: a
 // macvlan in bridge mode on Options.Dev, left down, so that the network sees
-// nothing of it. vip is the address with the length of its network.
+// nothing of it. vips are the addresses with the lengths of their networks.
 //
-// With IPv4 the address works at once for everything local: bind, listen, CRIU's
+// An IPv4 address works at once for everything local: bind, listen, CRIU's
 // repair of established sockets, and packets injected over lo. Connections to
 // clients get a route over lo of the worst metric until TakeVIP, since connect
 // needs one even in repair mode; what is sent over it goes nowhere. IPv6 knows
 // neither an address on a device that is down nor such a route: there,
 // established sockets can be restored only after TakeVIP.
 //
-// Preparing the same address again does nothing.
-func (c *Capsule) PrepareVIP(vip netip.Prefix) error {
+// Preparing the same addresses again does nothing.
+func (c *Capsule) PrepareVIPs(vips []netip.Prefix) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return fmt.Errorf("prepare %v: the capsule is closed", vip)
+		return fmt.Errorf("prepare %v: the capsule is closed", vips)
 	}
-	if c.st.VIP == vip {
+	if len(vips) == 0 {
+		return errors.New("prepare addresses: none is given")
+	}
+	if slices.Equal(c.st.VIPs, vips) {
 		return nil
 	}
-	if c.st.VIP.IsValid() {
-		return fmt.Errorf("prepare %v: the capsule has %v already: drop it first", vip, c.st.VIP)
+	if len(c.st.VIPs) > 0 {
+		return fmt.Errorf("prepare %v: the capsule has %v already: drop it first", vips, c.st.VIPs)
 	}
-	if !vip.IsValid() || vip.Addr().IsUnspecified() || vip.Addr().IsMulticast() || vip.Addr().Is4In6() {
-		return fmt.Errorf("prepare %v: not an address with the length of its network, such as 10.0.0.5/24", vip)
+	for _, vip := range vips {
+		if !vip.IsValid() || vip.Addr().IsUnspecified() || vip.Addr().IsMulticast() || vip.Addr().Is4In6() {
+			return fmt.Errorf("prepare %v: not an address with the length of its network, such as 10.0.0.5/24", vip)
+		}
 	}
 	if c.opt.Dev == "" {
-		return fmt.Errorf("prepare %v: no host interface was given", vip)
+		return fmt.Errorf("prepare %v: no host interface was given", vips)
 	}
 	// The file first: what is made from here on must be found again.
 	st := c.st
-	st.VIP = vip
+	st.VIPs = slices.Clone(vips)
 	if err := st.write(c.path); err != nil {
 		return err
 	}
 	c.st = st
-	if err := c.makeVIPDev(vip); err != nil {
-		return errors.Join(fmt.Errorf("prepare %v on %s: %w", vip, c.opt.Dev, err), c.dropVIP())
+	if err := c.makeVIPDev(vips); err != nil {
+		return errors.Join(fmt.Errorf("prepare %v on %s: %w", vips, c.opt.Dev, err), c.dropVIP())
 	}
 	return nil
 }
 
-func (c *Capsule) makeVIPDev(vip netip.Prefix) error {
+func (c *Capsule) makeVIPDev(vips []netip.Prefix) error {
 	host, inside, err := c.handles()
 	if err != nil {
 		return err
@@ -106,14 +112,16 @@ func (c *Capsule) makeVIPDev(vip netip.Prefix) error {
 	if err := nsthread.InNet(c.netns, func() error { return setDevSysctls(c.opt.VIPDev) }); err != nil {
 		return err
 	}
-	addr := &netlink.Addr{IPNet: ipNet(vip)}
-	if vip.Addr().Is6() {
-		addr.Flags = unix.IFA_F_NODAD
+	for _, vip := range vips {
+		addr := &netlink.Addr{IPNet: ipNet(vip)}
+		if vip.Addr().Is6() { // nobody waits for duplicate detection: the fence has decided whose it is
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := inside.AddrAdd(dev, addr); err != nil {
+			return fmt.Errorf("add address %v: %w", vip, err)
+		}
 	}
-	if err := inside.AddrAdd(dev, addr); err != nil {
-		return fmt.Errorf("add address: %w", err)
-	}
-	if vip.Addr().Is6() {
+	if !has4(vips) {
 		return nil
 	}
 	park, err := parkingRoute(inside)
@@ -144,14 +152,14 @@ func parkingRoute(inside *netlink.Handle) (*netlink.Route, error) {
 func (c *Capsule) TakeVIP() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || !c.st.VIP.IsValid() {
+	if c.closed || len(c.st.VIPs) == 0 {
 		return errors.New("take the address: none is prepared")
 	}
 	if c.taken {
 		return nil
 	}
 	if err := c.takeVIP(); err != nil {
-		return fmt.Errorf("take %v on %s: %w", c.st.VIP, c.opt.Dev, err)
+		return fmt.Errorf("take %v on %s: %w", c.st.VIPs, c.opt.Dev, err)
 	}
 	c.taken = true
 	return nil
@@ -172,7 +180,7 @@ func (c *Capsule) takeVIP() (err error) {
 	if err != nil {
 		return fmt.Errorf("find %s inside: %w", c.opt.VIPDev, err)
 	}
-	hostRoutes, err := host.RouteListFiltered(family(c.st.VIP), &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	hostRoutes, err := hostRoutes(host, c.st.VIPs)
 	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
@@ -192,7 +200,7 @@ func (c *Capsule) takeVIP() (err error) {
 	if err := awaitCarrier(inside, c.opt.VIPDev); err != nil {
 		return err
 	}
-	if c.st.VIP.Addr().Is6() {
+	if !has4(c.st.VIPs) {
 		return nil
 	}
 	park, err := parkingRoute(inside)
@@ -269,10 +277,10 @@ func (c *Capsule) DropVIP() error {
 }
 
 func (c *Capsule) dropVIP() error {
-	if !c.st.VIP.IsValid() {
+	if len(c.st.VIPs) == 0 {
 		return nil
 	}
-	fail := func(err error) error { return fmt.Errorf("drop %v: %w", c.st.VIP, err) }
+	fail := func(err error) error { return fmt.Errorf("drop %v: %w", c.st.VIPs, err) }
 	host, inside, err := c.handles()
 	if err != nil {
 		return fail(err)
@@ -291,12 +299,12 @@ func (c *Capsule) dropVIP() error {
 		}
 	}
 	c.taken = false
-	if c.st.VIP.Addr().Is4() {
+	if has4(c.st.VIPs) {
 		if park, err := parkingRoute(inside); err == nil {
 			_ = inside.RouteDel(park) // it is there only before TakeVIP
 		}
 	}
-	c.st.VIP = netip.Prefix{}
+	c.st.VIPs = nil
 	select {
 	case <-c.done: // the file no longer matters
 		return nil
@@ -310,7 +318,7 @@ func (c *Capsule) dropVIP() error {
 
 // lookUp finds out how far an adopted capsule's address has come.
 func (c *Capsule) lookUp() error {
-	if !c.st.VIP.IsValid() {
+	if len(c.st.VIPs) == 0 {
 		return nil
 	}
 	host, inside, err := c.handles()
@@ -322,7 +330,7 @@ func (c *Capsule) lookUp() error {
 	dev, err := inside.LinkByName(c.opt.VIPDev)
 	var gone netlink.LinkNotFoundError
 	if errors.As(err, &gone) { // the agent died between the file and the device
-		c.st.VIP = netip.Prefix{}
+		c.st.VIPs = nil
 		return c.st.write(c.path)
 	}
 	if err != nil {
@@ -339,25 +347,22 @@ var announceAgain = []time.Duration{
 	time.Second, 2 * time.Second, 5 * time.Second,
 }
 
-// Announce tells the network at once where the address lives now, and again six
-// times within five seconds in the background, until ctx ends or the address is
-// dropped. The error is of the first round.
+// Announce tells the network at once where the addresses live now, and again six
+// times within five seconds in the background, until ctx ends or the addresses
+// are dropped. The error is of the first round.
 func (c *Capsule) Announce(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	vip := c.st.VIP
 	if c.closed || !c.taken {
 		return errors.New("announce the address: it is not taken")
 	}
 	c.announce.stop()
-	var a *l2.Announcer
-	err := c.Do(func() (err error) { a, err = l2.NewAnnouncer(c.opt.VIPDev, vip.Addr()); return err })
-	if err != nil {
-		return err
+	all, err := c.announcers()
+	if err == nil {
+		err = all.send()
 	}
-	err = a.Send()
 	c.announce.start(ctx, func(ctx context.Context) {
-		defer a.Close() // here, because it is slow
+		defer all.close() // here, because it is slow
 		if err != nil {
 			return
 		}
@@ -370,12 +375,43 @@ func (c *Capsule) Announce(ctx context.Context) error {
 				return
 			case <-t.C:
 			}
-			if err := a.Send(); err != nil {
-				c.log().Warn("repeat the announcement of the address", "vip", vip, "err", err)
+			if err := all.send(); err != nil {
+				c.log().Warn("repeat the announcement of the addresses", "err", err)
 			}
 		}
 	})
 	return err
+}
+
+// announcers are one for each address.
+type announcers []*l2.Announcer
+
+func (c *Capsule) announcers() (all announcers, err error) {
+	err = c.Do(func() error {
+		for _, vip := range c.st.VIPs {
+			a, err := l2.NewAnnouncer(c.opt.VIPDev, vip.Addr())
+			if err != nil {
+				return err
+			}
+			all = append(all, a)
+		}
+		return nil
+	})
+	return all, err
+}
+
+func (all announcers) send() error {
+	var errs []error
+	for _, a := range all {
+		errs = append(errs, a.Send())
+	}
+	return errors.Join(errs...)
+}
+
+func (all announcers) close() {
+	for _, a := range all {
+		_ = a.Close() // nothing was written that could be lost
+	}
 }
 
 // announcer runs at most one background announcement. Capsule.mu guards it.
@@ -398,11 +434,24 @@ func (a *announcer) stop() {
 	a.wg.Wait()
 }
 
-func family(p netip.Prefix) int {
-	if p.Addr().Is6() {
-		return netlink.FAMILY_V6
+func has4(vips []netip.Prefix) bool {
+	return slices.ContainsFunc(vips, func(p netip.Prefix) bool { return p.Addr().Is4() })
+}
+
+// hostRoutes are the main table's, of the address families of vips.
+func hostRoutes(host *netlink.Handle, vips []netip.Prefix) (all []netlink.Route, err error) {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		of := func(p netip.Prefix) bool { return p.Addr().Is6() == (family == netlink.FAMILY_V6) }
+		if !slices.ContainsFunc(vips, of) {
+			continue
+		}
+		routes, err := host.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, routes...)
 	}
-	return netlink.FAMILY_V4
+	return all, nil
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {

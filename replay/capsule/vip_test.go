@@ -52,9 +52,9 @@ func TestAddressMoves(t *testing.T) {
 	}
 
 	c := l.capsule(Options{VIPDev: "p0"})
-	l.must(c.PrepareVIP(vip))
-	l.must(c.PrepareVIP(vip)) // again does nothing
-	if err := c.PrepareVIP(netip.MustParsePrefix("10.77.0.9/24")); err == nil {
+	l.must(c.PrepareVIPs([]netip.Prefix{vip}))
+	l.must(c.PrepareVIPs([]netip.Prefix{vip})) // again does nothing
+	if err := c.PrepareVIPs([]netip.Prefix{netip.MustParsePrefix("10.77.0.9/24")}); err == nil {
 		t.Error("a second address was prepared")
 	}
 	startLine(t, roleInside(t, c, "serve "+service+" capsule")) // it can bind although the device is down
@@ -119,7 +119,7 @@ func TestAddressMoves(t *testing.T) {
 	if _, used := l.probe(l.client, "c0", vip.Addr()); used {
 		t.Error("the dropped address still answers")
 	}
-	l.must(c.PrepareVIP(vip)) // and once more round
+	l.must(c.PrepareVIPs([]netip.Prefix{vip})) // and once more round
 	l.must(c.TakeVIP())
 	l.must(c.Announce(t.Context()))
 	if who, err := l.ask(l.client, service, 900*time.Millisecond); who != "capsule" {
@@ -142,7 +142,7 @@ func TestAddressMovesIPv6(t *testing.T) {
 		t.Errorf("probe of the primary's address: %s, %v", mac, used)
 	}
 	c := l.capsule(Options{})
-	l.must(c.PrepareVIP(vip6))
+	l.must(c.PrepareVIPs([]netip.Prefix{vip6}))
 	l.down(l.primary, "p0")
 	if _, used := l.probe(l.stand, "s0", vip6.Addr()); used {
 		t.Error("somebody answers for a dead primary's address")
@@ -161,7 +161,7 @@ func TestTakeVIPWithoutCarrier(t *testing.T) {
 	if err := c.TakeVIP(); err == nil {
 		t.Error("took an address that was never prepared")
 	}
-	l.must(c.PrepareVIP(vip))
+	l.must(c.PrepareVIPs([]netip.Prefix{vip}))
 	l.down(l.bridge, "ws0")
 	if err := c.TakeVIP(); err == nil {
 		t.Fatal("took the address with the cable out")

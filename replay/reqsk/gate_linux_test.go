@@ -2,6 +2,7 @@ package reqsk
 
 import (
 	"errors"
+	"net/netip"
 	"sync"
 	"testing"
 	"time"
@@ -43,7 +44,7 @@ func (l *lab) gate(t testing.TB) *gate {
 		t.Fatal(err)
 	}
 	g := &gate{q: q, end: make(chan error, 1), swall: map[stream.FourTuple]*swallow{},
-		rules: tcpwrap.Rules{Name: "reqsk", VIP: l.vip, Ports: []uint16{labPort}, Dev: "dev0", Queue: 91, Mark: labMark, NetNS: l.new}}
+		rules: tcpwrap.Rules{Name: "reqsk", VIPs: []netip.Addr{l.vip}, Ports: []uint16{labPort}, Dev: "dev0", Queue: 91, Mark: labMark, NetNS: l.new}}
 	if err := g.rules.Install(); err != nil {
 		t.Fatal(err)
 	}

@@ -330,7 +330,7 @@ func same(a, b []byte) int {
 // sends the client's packets to the new one.
 func (l *lab) cut(t testing.TB) {
 	t.Helper()
-	r := tcpwrap.Rules{Name: "cut", VIP: l.vip, Ports: []uint16{labPort}, Queue: 1, Mark: 1, NetNS: l.old}
+	r := tcpwrap.Rules{Name: "cut", VIPs: []netip.Addr{l.vip}, Ports: []uint16{labPort}, Queue: 1, Mark: 1, NetNS: l.old}
 	if err := r.Block(); err != nil {
 		t.Fatal(err)
 	}

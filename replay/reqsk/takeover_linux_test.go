@@ -1,6 +1,7 @@
 package reqsk
 
 import (
+	"net/netip"
 	"runtime"
 	"testing"
 	"time"
@@ -145,7 +146,7 @@ func TestOrder(t *testing.T) {
 	if got, err := r.Counts(); err != nil || got != (Counts{Assigned: n}) {
 		t.Errorf("%+v (%v)", got, err)
 	}
-	socks, err := tcpwrap.Sockets(l.new, l.vip, []uint16{labPort})
+	socks, err := tcpwrap.Sockets(l.new, []netip.Addr{l.vip}, []uint16{labPort})
 	if err != nil {
 		t.Fatal(err)
 	}
