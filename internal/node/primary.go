@@ -278,7 +278,7 @@ func (p *primary) serverEnded() error {
 		return nil
 	}
 	for end := time.Now().Add(lingerTime); time.Now().Before(end); sleep(context.Background(), lookEvery/10) {
-		if socks, err := tcpwrap.Sockets(p.where.netns, p.svc.VIP.Addr(), p.svc.Ports); err != nil || !anyOpen(socks) {
+		if socks, err := tcpwrap.Sockets(p.where.netns, p.svc.addrs(), p.svc.Ports); err != nil || !anyOpen(socks) {
 			break
 		}
 	}
