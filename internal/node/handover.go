@@ -184,7 +184,7 @@ func (p *primary) offerUntilFenced(ctx context.Context, node string) error {
 // we were replaced is for the log to say, so it is asked.
 func (p *primary) heardOther(b stream.Beat) {
 	var pb primaryBeat
-	if json.Unmarshal(b.Payload, &pb) != nil || pb.Epoch <= p.w.Epoch() {
+	if json.Unmarshal(b.Payload, &pb) != nil || pb.Epoch <= p.w.Epoch() || pb.TakingOver {
 		return
 	}
 	select {

@@ -79,6 +79,7 @@ type primary struct {
 	divergences uint64    // connections on which the restored server said something else
 	spared      bool      // run has ended and the server lives on
 
+	beating      bool             // its heartbeats are sent since the takeover
 	fencedServer string           // config.FencedStop and so on: what becomes of it once it is replaced
 	moving       sync.WaitGroup   // a planned move is under way
 	heir         string           // node that was offered the service
@@ -117,10 +118,12 @@ type generationAnswer struct {
 // (exitcode.Fenced), or protection fails.
 func (p *primary) run(ctx context.Context) error {
 	p.w.OnEnd(func(err error) { p.end(err) })
-	go p.insist(ctx, "start heartbeat", func() error {
-		return p.lg.StartBeacon(ctx, roles.Primary, p.node, roles.BeatEvery, p.beat)
-	})
-	go p.insist(ctx, "listen for standbys", func() error { return p.lg.WatchBeats(ctx, p.heard) })
+	if !p.beating {
+		go insist(ctx, p.log, "start heartbeat", func() error {
+			return p.lg.StartBeacon(ctx, roles.Primary, p.node, roles.BeatEvery, p.beat)
+		})
+	}
+	go insist(ctx, p.log, "listen for standbys", func() error { return p.lg.WatchBeats(ctx, p.heard) })
 	wctx, unwatch := context.WithCancel(ctx)
 	defer unwatch()
 	if err := p.watchCarrier(wctx); err != nil {
@@ -152,13 +155,13 @@ func (p *primary) run(ctx context.Context) error {
 
 // insist does something until it succeeds or ctx ends. What clients depend on is
 // live by now: no failure of what stands beside it may end that.
-func (p *primary) insist(ctx context.Context, what string, do func() error) {
+func insist(ctx context.Context, log *slog.Logger, what string, do func() error) {
 	for {
 		err := do()
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		p.log.Warn(what+"; trying again", "err", err)
+		log.Warn(what+"; trying again", "err", err)
 		sleep(ctx, reopenAfter)
 	}
 }

@@ -27,10 +27,12 @@ type standbyBeat struct {
 type primaryBeat struct {
 	Epoch  stream.Epoch    `json:"epoch"`
 	Stable stream.Position `json:"stable"`
+	// TakingOver says that it is not live yet.
+	TakingOver bool `json:"taking_over,omitempty"`
 }
 
 func (p *primary) beat() []byte {
-	b, _ := json.Marshal(primaryBeat{p.w.Epoch(), p.w.Stable()}) // plain data always encodes
+	b, _ := json.Marshal(primaryBeat{Epoch: p.w.Epoch(), Stable: p.w.Stable()}) // plain data always encodes
 	return b
 }
 

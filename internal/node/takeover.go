@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,6 +12,7 @@ import (
 	"github.com/ftckpt/ftckpt/checkpoint"
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/roles"
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/replay"
 	"github.com/ftckpt/ftckpt/stream"
@@ -78,6 +80,12 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 		return fmt.Errorf("%w, as far as can be told: %w", errStillPrimary, err)
 	}
 	c.step("fenced", &c.t.FenceMS, "epoch", w.Epoch())
+	// From here on other standbys hear of us, however long a recovery takes.
+	bctx, hush := context.WithCancel(ctx)
+	defer hush()
+	go insist(bctx, s.log, "start heartbeat", func() error {
+		return s.lg.StartBeacon(bctx, roles.Primary, s.node, roles.BeatEvery, func() []byte { return s.reignBeat(w) })
+	})
 	p, err := s.recoverFrom(ctx, c, w, candidates)
 	if err != nil {
 		_ = w.Close()
@@ -85,7 +93,21 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 		// nothing, so that another standby may still save them.
 		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("take over %s: %w", s.cfg.Name, err))
 	}
+	p.beating = true
 	return s.reign(ctx, p)
+}
+
+// reignBeat is the heartbeat of a node that has fenced the primary: while it
+// takes over, and as the primary that it then is.
+func (s *standby) reignBeat(w *stream.Writer) []byte {
+	s.mu.Lock()
+	p := s.primary
+	s.mu.Unlock()
+	if p != nil {
+		return p.beat()
+	}
+	b, _ := json.Marshal(primaryBeat{Epoch: w.Epoch(), TakingOver: true}) // plain data always encodes
+	return b
 }
 
 // reign is this node's tenure as primary.

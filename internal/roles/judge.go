@@ -50,6 +50,7 @@ type Judge struct {
 	heardAt  time.Time // when watching was last heard of
 	ownAt    time.Time // when our own heartbeat last came back from the log's server
 	spare    time.Time // until then nobody is suspected: the log's server was away, or the primary is new
+	unheard  bool      // that is only for the new primary's first heartbeat
 	hiccup   bool      // it was away for a moment since the primary was last heard of
 	cutOff   bool      // the link here is down
 }
@@ -69,10 +70,13 @@ func (j *Judge) Beat(role, node string, at time.Time) {
 		}
 		j.detector.Observe(at)
 		j.heardAt, j.hiccup = at, false
+		if j.unheard { // it lives, so its silence from here on means something
+			j.spare, j.unheard = time.Time{}, false
+		}
 	}
 	if role == Standby && node == j.self {
 		if gap := at.Sub(j.ownAt); gap > longAway || gap > logAway && !j.hiccup {
-			j.spare, j.hiccup = at.Add(spareTime), true
+			j.spare, j.hiccup, j.unheard = at.Add(spareTime), true, false
 		}
 		j.ownAt = at
 	}
@@ -82,7 +86,7 @@ func (j *Judge) Beat(role, node string, at time.Time) {
 func (j *Judge) Fence(owner string, at time.Time) {
 	j.owner = owner
 	if j.watching != "" { // its first heartbeat is still to come
-		j.spare = at.Add(spareTime)
+		j.spare, j.unheard = at.Add(spareTime), true
 	}
 }
 
@@ -93,7 +97,7 @@ func (j *Judge) Fence(owner string, at time.Time) {
 func (j *Judge) Link(up bool, at time.Time) {
 	j.cutOff = !up
 	if up {
-		j.spare = at.Add(spareTime)
+		j.spare, j.unheard = at.Add(spareTime), false
 	}
 }
 

@@ -151,6 +151,23 @@ func TestJudge(t *testing.T) {
 			s.Fence("c", s.now)
 			return s.pass(time.Minute)
 		}, spareTime, spareTime + 2*detect},
+		{"one that was heard of and dies at once gets no more", func(s *tale) time.Duration {
+			s.pass(5 * time.Second)
+			s.Fence("a", s.now) // its agent was started again
+			s.pass(2 * BeatEvery)
+			s.from = false
+			return s.pass(time.Minute)
+		}, detect - BeatEvery, detect + 2*BeatEvery},
+		{"a heartbeat does not end the time for a log's server that was away", func(s *tale) time.Duration {
+			s.pass(5 * time.Second)
+			s.own, s.from = false, false
+			s.pass(10 * time.Second)
+			s.own, s.from = true, true
+			s.Fence("a", s.now)
+			s.pass(5 * StandbyBeatEvery)
+			s.from = false
+			return s.pass(time.Minute)
+		}, spareTime - 5*StandbyBeatEvery, spareTime + 2*detect},
 		{"heartbeats of the old primary count for nothing", func(s *tale) time.Duration {
 			s.pass(5 * time.Second)
 			s.Fence("c", s.now)
