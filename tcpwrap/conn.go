@@ -68,6 +68,7 @@ type conn struct {
 	openPos     stream.Position // of its open record; 0: its handshake was not seen
 	out         Digest          // of the outstream since the newest cut
 	embryonic   bool            // the client has not answered the SYN-ACK
+	muted       bool            // its client has reset it; TCP may not know
 
 	dialled bool         // the server opened it
 	told    seqnum.Value // the newest clientAck that tell has logged

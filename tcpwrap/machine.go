@@ -68,6 +68,8 @@ type Machine struct {
 	dialAge  []*dial // as synAge
 	embryos  int     // connections whose client has not answered the SYN-ACK
 	embryAge []*conn // oldest first, others among them
+	mutes    int     // connections that nothing passes of any more
+	muteAge  []*conn // as embryAge
 
 	late map[stream.FourTuple]lateConn // in TIME_WAIT where an old primary ended them
 
@@ -195,7 +197,7 @@ func (m *Machine) Tick() {
 	}
 	for _, c := range m.dirty {
 		c.dirty = false
-		if m.conns[c.tuple] == c {
+		if m.conns[c.tuple] == c && !c.muted {
 			m.tell(c)
 			m.Append(c.state())
 		}
@@ -272,10 +274,18 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 		if _, yes := m.blocked[s.Tuple]; yes && !s.Flags.Has(RST) {
 			v = Drop // what the server would make of it could show on other connections
 		}
+	case c.muted:
+		if !s.Flags.Has(RST) {
+			v = Drop
+		}
 	case s.Flags.Has(RST):
 		if c.resets(s.Seq) {
 			m.depend(stream.ClientReset{Conn: c.id, Seq: s.Seq})
-			m.forget(c)
+			if s.Seq == c.in.nxt {
+				m.forget(c)
+			} else {
+				m.mute(c)
+			}
 		}
 	case c.overtaken(s):
 		if m.take(c, s) {
@@ -379,6 +389,13 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 		m.dialled(c, s)
 		c = nil
 	}
+	if c != nil && c.muted {
+		if s.Flags.Has(RST) {
+			m.forget(c)
+		}
+		m.Ready.Decide(id, Drop)
+		return
+	}
 	if c != nil && s.Flags.Has(ACK) && c.in.nxt.Less(s.Ack) {
 		m.quarantine(c, id)
 		return
@@ -436,10 +453,37 @@ func (m *Machine) newID() stream.ConnID {
 }
 
 func (m *Machine) forget(c *conn) {
+	m.clear(c)
+	delete(m.conns, c.tuple)
+	if c.muted {
+		c.muted = false
+		m.mutes--
+	}
+}
+
+func (m *Machine) clear(c *conn) {
 	m.grown(c)
 	m.ahead -= c.in.kept()
 	c.in.ahead, c.in.pending = nil, 0
-	delete(m.conns, c.tuple)
+}
+
+// mute is the end of a connection by a RST that the server's TCP may or may not
+// have taken: it is not at the octet up to which the log goes, so what TCP
+// expects is not known for certain. If it was not taken, what the client sent
+// before and comes late would be taken without a record; so nothing passes any
+// more in either direction but another RST.
+func (m *Machine) mute(c *conn) {
+	m.clear(c)
+	muted := func(c *conn) bool { return c.muted }
+	for m.mutes >= max(m.limits.Handshakes, 1) {
+		var oldest *conn
+		oldest, m.muteAge = first(m.muteAge, muted)
+		m.forget(oldest)
+		m.blocked[oldest.tuple] = notInImage
+	}
+	c.muted = true
+	m.mutes++
+	m.muteAge = enqueue(m.muteAge, c, m.limits.Handshakes, muted)
 }
 
 func (m *Machine) noteAck(c *conn, s *Segment) {

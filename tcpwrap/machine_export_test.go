@@ -5,7 +5,7 @@ import "fmt"
 // Check answers what is wrong inside a machine: bounds that are crossed and
 // sums that do not add up.
 func (m *Machine) Check() error {
-	ahead, embryos := 0, 0
+	ahead, embryos, mutes := 0, 0, 0
 	for t, c := range m.conns {
 		if c.tuple != t {
 			return fmt.Errorf("connection %d is kept under another's addresses", c.id)
@@ -34,6 +34,9 @@ func (m *Machine) Check() error {
 		if c.embryonic {
 			embryos++
 		}
+		if c.muted {
+			mutes++
+		}
 	}
 	switch limit := max(m.limits.Handshakes, 1); {
 	case ahead != m.ahead:
@@ -42,6 +45,8 @@ func (m *Machine) Check() error {
 		return fmt.Errorf("connections keep %d of %d octets", ahead, m.limits.Ahead)
 	case embryos != m.embryos || embryos > limit:
 		return fmt.Errorf("%d connections without an answer, counted %d, limit %d", embryos, m.embryos, limit)
+	case mutes != m.mutes || mutes > limit || len(m.muteAge) > 2*limit+16:
+		return fmt.Errorf("%d muted connections in a queue of %d, counted %d, limit %d", mutes, len(m.muteAge), m.mutes, limit)
 	case len(m.syns) > limit:
 		return fmt.Errorf("%d handshakes, limit %d", len(m.syns), limit)
 	case len(m.dials) > limit || len(m.dialAge) > 2*limit+16:

@@ -23,7 +23,7 @@ type Stats struct {
 // Stats answers the counts; it sorts a little, so do not call it per packet.
 func (m *Machine) Stats() Stats {
 	s := m.stats
-	s.Connections, s.Holding, s.Waiting = len(m.conns), len(m.held), len(m.waited)
+	s.Connections, s.Holding, s.Waiting = len(m.conns)-m.mutes, len(m.held), len(m.waited)
 	s.HeldP50, s.HeldP99 = m.holds.quantiles()
 	return s
 }
