@@ -115,6 +115,20 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 // unborn reports whether the restored TCP does not have the connection yet.
 func (l *line) unborn() bool { return l.birth != nil && !l.born }
 
+// Unanswered are the connections that still wait for their clients to answer the
+// old primary's SYN-ACK. No TCP has them, so no image does either, and the
+// machine does not know them: a generation has to name them, and a recovery from
+// it needs their records from Open on.
+func (e *Engine) Unanswered() []tcpwrap.Missing {
+	var out []tcpwrap.Missing
+	for _, l := range e.lines {
+		if l.unborn() {
+			out = append(out, tcpwrap.Missing{Conn: l.cut.Conn, Tuple: l.cut.Tuple, Open: l.cut.Open})
+		}
+	}
+	return out
+}
+
 // opened is the turn of a connection's open record. A connection whose client
 // has not answered the SYN-ACK waits for that answer: TCP would, too.
 func (e *Engine) opened(id stream.ConnID) {

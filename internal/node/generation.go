@@ -173,6 +173,12 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 			}
 			sth.Dialling, from = dialling(p.drv.machine, p.svc, socks)
 			m.From = min(m.From, from)
+			if e := p.drv.engine; e != nil { // what a takeover still waits for
+				for _, u := range e.Unanswered() {
+					sth.Unaccepted = append(sth.Unaccepted, u.Conn)
+					m.From = min(m.From, u.Open)
+				}
+			}
 		}
 		sth.NextConn = p.drv.machine.NextConn()
 		m.South, _ = json.Marshal(sth) // plain data always encodes
