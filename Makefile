@@ -7,6 +7,9 @@ DESTDIR   ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 FUZZTIME  ?= 10s
+SECONDS   ?= 60
+SEED      ?=
+ONE       ?=
 
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 COMMIT  := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
@@ -16,7 +19,7 @@ LDFLAGS := -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 # not fail for that: the version is stamped above, where it may be unknown.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-.PHONY: all build deps test demo bench lint fuzz clean install help
+.PHONY: all build deps test demo bench sim lint fuzz clean install help
 
 all: build
 
@@ -37,6 +40,10 @@ demo: deps build ## a server's host dies and its clients do not notice (root)
 
 bench: deps build ## what protection costs, against the same server without (root)
 	$(GO) run ./e2e/bench $(BENCH_ARGS)
+
+sim: ## the protocol in a simulator: SECONDS of schedules, or SEED=n ONE=1 to see one
+	$(GO) build -o bin/simulate ./internal/sim/simulate
+	bin/simulate -seconds $(SECONDS) $(if $(SEED),-seed $(SEED)) $(if $(ONE),-one)
 
 lint: ## formatting and static checks
 	GO='$(GO)' scripts/lint.sh

@@ -17,28 +17,6 @@ import (
 	"github.com/ftckpt/ftckpt/tcpwrap/tcptest"
 )
 
-// app is a server's side of one conversation: what it says is a function of
-// what it has heard, and of nothing else.
-type app struct {
-	name  int
-	heard int
-	done  bool
-}
-
-// hears answers what the app says to p.
-func (a *app) hears(p []byte) []byte {
-	var out []byte
-	for _, b := range p {
-		a.heard++
-		if b%3 == 0 {
-			for k := range 1 + int(b)%9 {
-				out = append(out, b^byte(a.heard)^byte(k*11)^byte(a.name*29))
-			}
-		}
-	}
-	return out
-}
-
 // client is a real client: it must not notice a thing.
 type client struct {
 	name  int
@@ -51,10 +29,10 @@ type client struct {
 
 // expects is what a client hears from a server that never fails.
 func (c *client) expects() []byte {
-	a := app{name: c.name}
-	out := a.hears(c.said)
+	a := tcptest.App{Name: c.name}
+	out := a.Hears(c.said)
 	if c.ep.Closed {
-		out = append(out, "bye!"...)
+		out = append(out, tcptest.Bye...)
 	}
 	return out
 }
@@ -62,7 +40,7 @@ func (c *client) expects() []byte {
 // served is a connection on the server's host.
 type served struct {
 	ep       *tcptest.Endpoint
-	app      app
+	app      tcptest.App
 	accepted bool // by the server; before that it is in no image
 }
 
@@ -305,7 +283,7 @@ func (w *world) up(s *tcpwrap.Segment) {
 	case h != nil && h.ep.State != tcptest.Reset:
 		h.ep.Receive(s)
 	case s.Flags.Has(tcpwrap.SYN) && !s.Flags.Has(tcpwrap.ACK) && len(w.host) > 0 || w.listening(s):
-		h = &served{ep: tcptest.Answer(w.config(int(s.Tuple.Client.Port()-40000), true), s), app: app{name: int(s.Tuple.Client.Port() - 40000)}}
+		h = &served{ep: tcptest.Answer(w.config(int(s.Tuple.Client.Port()-40000), true), s), app: tcptest.App{Name: int(s.Tuple.Client.Port() - 40000)}}
 		w.host[s.Tuple] = h
 		w.order = append(w.order, s.Tuple)
 	default:
@@ -338,7 +316,7 @@ func (w *world) bear(b replay.Birth) {
 	cfg := w.config(name, true)
 	born := w.now
 	cfg.Clock = func() uint32 { return b.ServerTS + uint32(w.now.Sub(born).Milliseconds()) }
-	w.host[b.Open.Tuple] = &served{ep: tcptest.Reborn(cfg, b.Open, b.Accept, b.Edge), app: app{name: name}}
+	w.host[b.Open.Tuple] = &served{ep: tcptest.Reborn(cfg, b.Open, b.Accept, b.Edge), app: tcptest.App{Name: name}}
 	w.order = append(w.order, b.Open.Tuple)
 }
 
@@ -377,10 +355,10 @@ func (w *world) serve(t stream.FourTuple) {
 	if h.ep.State == tcptest.Established && w.chance(w.slow) {
 		h.accepted = true
 		p := h.ep.Read(w.between(1, 400))
-		h.ep.Write(h.app.hears(p))
-		if h.ep.PeerClosed && h.ep.Readable() == 0 && !h.app.done {
-			h.app.done = true
-			h.ep.Write([]byte("bye!"))
+		h.ep.Write(h.app.Hears(p))
+		if h.ep.PeerClosed && h.ep.Readable() == 0 && !h.app.Done {
+			h.app.Done = true
+			h.ep.Write([]byte(tcptest.Bye))
 			h.ep.CloseWrite()
 		}
 	}
@@ -414,9 +392,7 @@ func (w *world) speakUp(c *client) {
 	case what < 10:
 		if !c.ep.Closed && len(c.said) < 1500 {
 			p := make([]byte, size())
-			for i := range p {
-				p[i] = byte(len(c.said)+i)*7 ^ byte(c.name*41)
-			}
+			tcptest.Says(p, c.name, len(c.said))
 			c.said = append(c.said, p...)
 			c.ep.Write(p)
 		}
@@ -520,7 +496,7 @@ func (w *world) String() string {
 	for _, c := range w.clients {
 		s += fmt.Sprintf("\nclient %d: state %d, said %d, acknowledged %d of %d, heard %d of %d; ", c.name, c.ep.State, len(c.said), c.ep.Una, c.ep.Nxt, len(c.heard), len(c.expects()))
 		if h := w.host[tupleOf(c.name)]; h != nil {
-			s += fmt.Sprintf("server state %d, received %d, read %d, acknowledged %d of %d", h.ep.State, h.ep.RcvNxt, h.app.heard, h.ep.Una, h.ep.Nxt)
+			s += fmt.Sprintf("server state %d, received %d, read %d, acknowledged %d of %d", h.ep.State, h.ep.RcvNxt, h.app.Heard, h.ep.Una, h.ep.Nxt)
 		}
 	}
 	return s

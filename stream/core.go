@@ -10,9 +10,9 @@ import "time"
 type Core struct{ m *machine }
 
 // NewCore begins behind fence; stable is the last position before it and newest
-// the batch that holds it.
-func NewCore(fence Fence, stable Position, newest StreamSeq, maxBacklog int, now time.Time) *Core {
-	return &Core{newMachine(fence, stable, newest, ackTimeout, maxBacklog, now)}
+// the batch that holds it. An acknowledgement is waited for ackTime.
+func NewCore(fence Fence, stable Position, newest StreamSeq, ackTime time.Duration, maxBacklog int, now time.Time) *Core {
+	return &Core{newMachine(fence, stable, newest, ackTime, maxBacklog, now)}
 }
 
 // DoKind is what a Core wants done.
@@ -30,7 +30,7 @@ const (
 	DoEnd       = DoKind(actEnd)     // close, tell Do.Err
 )
 
-// Conditions of an append: the stream's last sequence, and that of the newest
+// Conditions of an append, 0 for none: the stream's last sequence, and that of the newest
 // fence.
 type Conditions struct{ LastSeq, LastFence StreamSeq }
 
