@@ -123,6 +123,48 @@ func TestRulesOfPeers(t *testing.T) {
 	}
 }
 
+// Of some clients only: the others are not caught, or, alone, dropped. What is
+// printed is what was meant, or each Install would change the rules.
+func TestRulesOfSomeClients(t *testing.T) {
+	l := newLab(t)
+	r := l.rules(labServer4)
+	r.VIPs = append(r.VIPs, labServer6)
+	r.Clients = []netip.Prefix{netip.MustParsePrefix("10.201.0.0/28"), netip.MustParsePrefix("192.0.2.7/32"), netip.MustParsePrefix("2001:db8::/32")}
+	for _, c := range []struct {
+		install func() error
+		drops   int
+	}{{r.Install, 0}, {r.InstallAlone, 4}, {r.Install, 0}} {
+		if err := c.install(); err != nil {
+			t.Fatal(err)
+		}
+		got, err := Installed(l.server, "test")
+		drops := 0
+		for _, rule := range got {
+			if strings.HasSuffix(rule, "-j DROP") {
+				drops++
+			}
+		}
+		if err != nil || len(got) != 6+c.drops || drops != c.drops {
+			t.Errorf("%d rules, %d of them drop, want 6 and %d (%v):\n%s", len(got), drops, c.drops, err, strings.Join(got, "\n"))
+		}
+		if c.drops > 0 {
+			continue
+		}
+		want := append(sortedByChain(r.catch(false)), sortedByChain(r.catch(true))...)
+		if !slices.Equal(got, want) {
+			t.Errorf("rules\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+	only4 := r
+	only4.VIPs, only4.Clients = r.VIPs[:1], r.Clients[:1]
+	if err := errors.Join(only4.Install(), only4.RemoveOthers()); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := Installed(l.server, "test"); err != nil || len(got) != 2 {
+		t.Errorf("after RemoveOthers: %q, %v", got, err)
+	}
+}
+
 func TestRulesOfIPv6(t *testing.T) {
 	l := newLab(t)
 	r := l.rules(labServer6)

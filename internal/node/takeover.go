@@ -133,6 +133,7 @@ type recovery struct {
 
 	ledger *replay.Ledger // hides the standby's own: it may be of an older generation
 
+	dumped  time.Time                         // when the image was taken, by this host's clock
 	patches map[uint32]checkpoint.SocketPatch // of the image, before it is restored
 	engine  *replay.Engine
 	carries map[stream.ConnID]bool // connections that the image has or the engine re-creates
@@ -262,6 +263,7 @@ func (r *recovery) plan() error {
 	}
 	now := time.Now()
 	dumped := r.loc.at.Add(-time.Duration(sth.AgeMS) * time.Millisecond)
+	r.dumped = dumped
 	r.patches = map[uint32]checkpoint.SocketPatch{}
 	var survivors []replay.Survivor
 	r.mu.Lock()
@@ -327,7 +329,7 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	r.rules.Queue = number
 	r.drv = newDriver(q, r.log)
 	r.drv.engine, r.drv.bear = r.engine, r.bear
-	if err := r.rules.Install(); err != nil {
+	if err := r.rules.InstallAlone(); err != nil {
 		_ = q.Close()
 		return fmt.Errorf("install packet rules in the capsule: %w", err)
 	}
@@ -374,6 +376,7 @@ func (r *recovery) setOptions(when checkpoint.Moment) {
 // rollForward feeds the log from the generation on and waits until every
 // connection has come as far as its client.
 func (r *recovery) rollForward(ctx context.Context, pid int) error {
+	r.resetStrangers()
 	r.drv.with(func() {
 		r.drv.busy = func() bool { return !idle(pid) }
 		r.engine.Start(time.Now())
@@ -514,6 +517,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	for _, o := range orphans {
 		r.log.Warn("connection reset: it is younger than the newest generation, and cannot be re-created", "conn", o.Tuple)
 	}
+	r.admitStrangers()
 	r.setOptions(checkpoint.AfterLive)
 	p.divergences = r.engineStats().Divergences
 	p.takeover = &r.clock.t
