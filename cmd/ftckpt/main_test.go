@@ -50,7 +50,8 @@ func TestRefusals(t *testing.T) {
 		{good + " --join J --commit checkpoint", nil, 2, `invalid argument "checkpoint" for "--commit" flag: not in this version yet; it has log (see "ftckpt protect --help")`},
 		{good + " --join J --commit never", nil, 2, `invalid argument "never" for "--commit" flag: want log (see "ftckpt protect --help")`},
 		{good + " --join J --on-crash local", nil, 2, `invalid argument "local" for "--on-crash" flag: not in this version yet; it has failover (see "ftckpt protect --help")`},
-		{good + " --join J --schedule @daily", nil, 2, `invalid argument "@daily" for "--schedule" flag: not in this version yet (see "ftckpt protect --help")`},
+		{good + " --join J --schedule daily", nil, 3, `--schedule: "daily" is no cron expression: expected exactly 5 fields, found 1: [daily]`},
+		{good + " --join J --max-replay 1ms", nil, 3, `--max-replay: 1ms is out of bounds: want 100ms to 24h0m0s, or 0 for never`},
 		{"standby --dev lo --mode hot", nil, 2, `invalid argument "hot" for "--mode" flag: not in this version yet; it has cold, warm (see "ftckpt standby --help")`},
 
 		{"protect", nil, 2, `protect needs --pid, --vip, --dev`},
@@ -112,7 +113,7 @@ func TestHelp(t *testing.T) {
 		if code != 0 || errs != "" || !strings.Contains(out, "Usage:") {
 			t.Errorf("%q: exit status %d, stderr %q, stdout %q", args, code, errs, out)
 		}
-		for _, hidden := range []string{"\n  run ", "\n  inspect", "schedule", "lab-host", "capsule-init"} {
+		for _, hidden := range []string{"\n  run ", "\n  inspect", "lab-host", "capsule-init"} {
 			if strings.Contains(out, hidden) {
 				t.Errorf("%q shows %q, which this version does not have", args, hidden)
 			}

@@ -43,10 +43,8 @@ func (p *Protect) Flags(fs *pflag.FlagSet) {
 	p.Fenced = FencedStop
 	fs.Var(&choice{dst: &p.Fenced, now: []string{FencedStop, FencedKill, FencedLeave}}, "fenced-server",
 		"`stop|kill|leave` the server here once another node has taken the service over: SIGSTOP, SIGKILL, or nothing")
-	fs.Var(later{}, "schedule", "")
-	if err := fs.MarkHidden("schedule"); err != nil {
-		panic(err) // it was added one line above
-	}
+	fs.StringVar(&p.Schedule, "schedule", "", "cron `EXPRESSION` of generations, as \"30 2 * * *\", instead of --interval")
+	fs.DurationVar(&p.MaxReplay, "max-replay", DefaultMaxReplay, "take a generation sooner when the log behind the newest would take this `TIME` to replay; 0 for never")
 }
 
 // Flags adds the settings of standby to fs.
@@ -112,13 +110,6 @@ func (c *choice) Set(s string) error {
 		return fmt.Errorf("want %s", strings.Join(c.now, " or "))
 	}
 }
-
-// later is a flag of the contract that this version does not have.
-type later struct{}
-
-func (later) String() string   { return "" }
-func (later) Type() string     { return "string" }
-func (later) Set(string) error { return errors.New("not in this version yet") }
 
 // prefixes is a list of addresses with the lengths of their networks, given one
 // by one or with commas between.

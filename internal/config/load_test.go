@@ -42,12 +42,13 @@ func load(t *testing.T, args []string, env map[string]string, file string) (Prot
 
 func defaults() Protect {
 	return Protect{
-		Common:   Common{RunDir: DefaultRunDir, StateDir: DefaultStateDir, LogFormat: LogFormatText},
-		Name:     DefaultName,
-		Interval: DefaultInterval,
-		Commit:   CommitLog,
-		OnCrash:  OnCrashFailover,
-		Fenced:   FencedStop,
+		Common:    Common{RunDir: DefaultRunDir, StateDir: DefaultStateDir, LogFormat: LogFormatText},
+		Name:      DefaultName,
+		Interval:  DefaultInterval,
+		Commit:    CommitLog,
+		OnCrash:   OnCrashFailover,
+		Fenced:    FencedStop,
+		MaxReplay: DefaultMaxReplay,
 	}
 }
 
@@ -127,7 +128,6 @@ func TestLoadErrors(t *testing.T) {
 	}{
 		{"bad env", map[string]string{"FTCKPT_INTERVAL": "soon"}, "", `FTCKPT_INTERVAL: invalid value "soon": time: invalid duration "soon"`},
 		{"env of a later version", map[string]string{"FTCKPT_COMMIT": "ack"}, "", `FTCKPT_COMMIT: invalid value "ack": not in this version yet; it has log`},
-		{"hidden flag of a later version", map[string]string{"FTCKPT_SCHEDULE": "@daily"}, "", `FTCKPT_SCHEDULE: invalid value "@daily": not in this version yet`},
 		{"bad value in the file", nil, "name: a\npid: many\n", `FILE: line 2: pid: invalid value "many": strconv.ParseInt: parsing "many": invalid syntax`},
 		{"bad choice", nil, "on-crash: never", `FILE: line 1: on-crash: invalid value "never": want failover`},
 		{"unknown key", nil, "name: a\nprot: 1\n", `FILE: line 2: unknown key "prot" (keys are the names of the flags)`},

@@ -80,6 +80,12 @@ func (p *Protect) Validate() error {
 	if p.Interval != 0 && (p.Interval < MinInterval || p.Interval > MaxInterval) {
 		return problem("interval", "%v is out of bounds: want %v to %v, or 0 for only when asked", p.Interval, MinInterval, MaxInterval)
 	}
+	if _, err := ParseSchedule(p.Schedule); err != nil {
+		return problem("schedule", "%w", err)
+	}
+	if p.MaxReplay != 0 && (p.MaxReplay < MinInterval || p.MaxReplay > MaxInterval) {
+		return problem("max-replay", "%v is out of bounds: want %v to %v, or 0 for never", p.MaxReplay, MinInterval, MaxInterval)
+	}
 	if p.Join != "" {
 		return checkJoin(p.Join)
 	}

@@ -31,6 +31,7 @@ type taken struct {
 	gen      stream.Generation
 	manifest checkpoint.Manifest
 	at       time.Time
+	logged   uint64 // client octets that this epoch had logged by its cut
 }
 
 // south is what the wrappers put into a manifest.
@@ -110,7 +111,7 @@ func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult,
 	}
 	p.mu.Lock()
 	p.lastID = id
-	p.gen = taken{gen, m, at}
+	p.gen = taken{gen, m, at, p.cutLogged}
 	p.kept = append(p.kept, p.gen)
 	if p.since.IsZero() {
 		p.since = time.Now()
@@ -150,6 +151,7 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 				}
 				if lagging == 0 {
 					m.Cut = p.drv.machine.Freeze()
+					p.cutLogged = p.drv.machine.Stats().LoggedBytes
 				}
 			})
 			if lagging > 0 {

@@ -12,6 +12,7 @@ import (
 	"github.com/ftckpt/ftckpt/checkpoint"
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/internal/pace"
 	"github.com/ftckpt/ftckpt/internal/ready"
 	"github.com/ftckpt/ftckpt/internal/roles"
 	"github.com/ftckpt/ftckpt/stream"
@@ -24,8 +25,6 @@ const (
 	standbySilence = time.Second
 	// partingTime is how long the end of protection may wait for the log.
 	partingTime = 10 * time.Second
-	// retryAfter paces generations that fail, and the first one all the more.
-	retryAfter = 2 * time.Second
 	// lingerTime is how long the sockets of a server that ended by itself may take
 	// to say goodbye before their capsule ends with them.
 	lingerTime = 10 * time.Second
@@ -54,9 +53,10 @@ type primary struct {
 	hasher checkpoint.Hasher
 	server *stream.Server // embedded log, nil when it is elsewhere
 
-	nextConn stream.ConnID   // identity of this epoch's first new connection
-	lastID   uint64          // number of the newest generation, whoever took it
-	first    stream.Position // first record of this epoch
+	nextConn  stream.ConnID   // identity of this epoch's first new connection
+	lastID    uint64          // number of the newest generation, whoever took it
+	cutLogged uint64          // client octets logged by the cut of the one under way
+	first     stream.Position // first record of this epoch
 
 	exited <-chan struct{} // the server process is gone
 	life   func() tcpwrap.Life
@@ -175,13 +175,14 @@ func (p *primary) end(err error) {
 	}
 }
 
-// generationsUntil takes the first generation at once, then one at each
-// interval and on request, in the background until ctx, the server or the log
-// ends; the channel it answers is closed when that has happened.
+// generationsUntil takes the first generation at once, then as the pacer says and
+// on request, in the background until ctx, the server or the log ends; the
+// channel it answers is closed when that has happened.
 func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
+		pacer := pace.New(p.svc.plan(), time.Now())
 		next := time.NewTimer(0)
 		defer next.Stop()
 		var room pressure
@@ -203,18 +204,27 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 				p.moving.Done()
 				continue
 			case <-next.C:
+				if due, _ := pacer.Due(time.Now(), p.behind()); !due {
+					arm(next, pacer.Next())
+					continue
+				}
 			case <-look.C:
-				why := room.urgent(ctx, p, time.Now())
+				_, why := pacer.Due(time.Now(), p.behind())
 				if why == "" {
+					why = room.urgent(ctx, p, time.Now())
+				}
+				if why == "" {
+					arm(next, pacer.Next())
 					continue
 				}
 				p.log.Warn("taking a generation before its time", "why", why)
 			}
 			res, err := p.generation(ctx)
+			pacer.Taken(time.Now(), err)
+			arm(next, pacer.Next())
 			if answer != nil {
 				answer <- generationAnswer{res, err}
 			}
-			pause := p.svc.Interval
 			switch {
 			case err == nil && !announced:
 				announced = true
@@ -223,17 +233,35 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 				}
 			case err != nil:
 				if ctx.Err() == nil && !errors.Is(err, stream.ErrFenced) {
-					p.log.Error("no new generation: the server runs on, protected by the one before", "err", err, "retry_in", retryAfter)
+					p.log.Error("no new generation: the server runs on, protected by the one before", "err", err, "retry_at", pacer.Next())
 				}
-				pause = max(retryAfter, min(pause, 4*retryAfter))
-			}
-			next.Reset(pause)
-			if pause == 0 { // only on request
-				next.Stop()
 			}
 		}
 	}()
 	return done
+}
+
+// arm sets a timer; a zero time stops it.
+func arm(t *time.Timer, at time.Time) {
+	if at.IsZero() {
+		t.Stop()
+		return
+	}
+	t.Reset(time.Until(at))
+}
+
+// behind is what a recovery would have to replay now.
+func (p *primary) behind() pace.Log {
+	var logged uint64
+	p.drv.with(func() { logged = p.drv.machine.Stats().LoggedBytes })
+	next := p.w.Next()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.gen.gen.ID == 0 {
+		return pace.Log{Changed: true}
+	}
+	// The record after the cut is the generation's own.
+	return pace.Log{Records: uint64(next - p.gen.gen.Cut), Octets: logged - p.gen.logged, Changed: next > p.gen.gen.Cut+2}
 }
 
 func (p *primary) wantsGeneration() (yes bool) {

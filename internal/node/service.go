@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/ftckpt/ftckpt/internal/config"
+	"github.com/ftckpt/ftckpt/internal/pace"
 	"github.com/ftckpt/ftckpt/internal/remote"
 	"github.com/ftckpt/ftckpt/stream"
 )
@@ -29,8 +30,10 @@ type service struct {
 	Dev     string         `json:"dev"`               // the primary's interface; the capsule's gets the same name
 	// Outgoing are the peers to which connections that the server opens from a
 	// VIP are protected.
-	Outgoing []remote.Range `json:"outgoing,omitempty"`
-	Interval time.Duration  `json:"interval"` // between generations, ns
+	Outgoing  []remote.Range `json:"outgoing,omitempty"`
+	Interval  time.Duration  `json:"interval"`             // between generations, ns
+	Schedule  string         `json:"schedule,omitempty"`   // cron expression of generations, instead of Interval
+	MaxReplay time.Duration  `json:"max_replay,omitempty"` // ns, see pace.Plan
 	// Anew says that the epoch began with a server that ran already: what it did
 	// before is in no log, so no generation of an earlier epoch leads to it.
 	Anew bool `json:"anew,omitempty"`
@@ -55,10 +58,21 @@ func parseService(b []byte) (service, error) {
 		len(s.Clients) > config.MaxClientNets, !allValid(s.Clients),
 		len(s.Ports) == 0, len(s.Ports) > config.MaxPorts, len(s.Outgoing) > config.MaxOutgoing, s.Interval < 0:
 		return s, fmt.Errorf("read the service's description: incomplete (%s)", b)
+	case s.MaxReplay < 0:
+		return s, fmt.Errorf("read the service's description: a replay of at most %v", s.MaxReplay)
 	case s.Dev == "" || len(s.Dev) > 15 || strings.ContainsAny(s.Dev, "/ \t\n%"):
 		return s, fmt.Errorf("read the service's description: interface name %q", s.Dev)
 	}
+	if _, err := config.ParseSchedule(s.Schedule); err != nil {
+		return s, fmt.Errorf("read the service's description: schedule: %w", err)
+	}
 	return s, nil
+}
+
+// plan is when generations are due.
+func (s service) plan() pace.Plan {
+	schedule, _ := config.ParseSchedule(s.Schedule) // it was checked where it came from
+	return pace.Plan{Interval: s.Interval, Schedule: schedule, MaxReplay: s.MaxReplay}
 }
 
 func allValid(ps []netip.Prefix) bool {

@@ -467,12 +467,13 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	if err != nil {
 		return nil, err
 	}
+	began := taken{gen: r.loc.gen, manifest: r.loc.manifest, at: r.loc.at}
 	p := newPrimary(&primary{
 		log: r.log, out: r.out, node: r.node, svc: r.svc,
 		where: inCapsule(res.PID, r.capsule),
 		lg:    r.lg, w: r.w, store: r.store, url: r.url, drv: r.drv, rules: r.rules, criu: r.criu,
 		exited: watch.Exited(), life: watch.Life,
-		gen: taken{r.loc.gen, r.loc.manifest, r.loc.at}, kept: []taken{{r.loc.gen, r.loc.manifest, r.loc.at}},
+		gen: began, kept: []taken{began},
 		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID, first: r.w.Next(),
 	})
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
