@@ -19,7 +19,7 @@ LDFLAGS := -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 # not fail for that: the version is stamped above, where it may be unknown.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-.PHONY: all build deps test demo bench sim lint fuzz clean install help
+.PHONY: all build deps test demo bench growth sim lint fuzz clean install help
 
 all: build
 
@@ -44,6 +44,9 @@ bench: deps build ## what protection costs, against the same server without (roo
 sim: ## the protocol in a simulator: SECONDS of schedules, or SEED=n ONE=1 to see one
 	$(GO) build -o bin/simulate ./internal/sim/simulate
 	bin/simulate -seconds $(SECONDS) $(if $(SEED),-seed $(SEED)) $(if $(ONE),-one)
+
+growth: deps build ## how a takeover grows with the connections, 10 to 5000 (root)
+	$(GO) run ./e2e/bench -only growth -out out/growth.json $(BENCH_ARGS)
 
 lint: ## formatting and static checks
 	GO='$(GO)' scripts/lint.sh
