@@ -25,7 +25,8 @@ type Newborn struct {
 	Answered bool             // the client is known to have acknowledged the SYN-ACK
 	Ended    bool             // it is over: what it made the server do is not
 	Digests  []stream.OutDigest
-	TS       uint32 // the server's timestamp clock as it has to go on
+	Logged   Instream // what its client has said
+	TS       uint32   // the server's timestamp clock as it has to go on
 }
 
 // Birth is the wish to have a connection re-created in the restored TCP, with
@@ -53,7 +54,7 @@ func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool
 		if ln.Ended && ln.Reason == stream.EndQuarantine {
 			continue
 		}
-		n := Newborn{Open: ln.open, OpenPos: ln.openPos, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended, Digests: ln.Digests}
+		n := Newborn{Open: ln.open, OpenPos: ln.openPos, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended, Digests: ln.Digests, Logged: ln.Logged}
 		n.Answered = ln.answered || ln.Known && ln.accept.ISN.Less(ln.State.ClientAck)
 		opts := tcpwrap.ParseOptions(ln.accept.Options, true)
 		if ts, seen := opts.TSVal, ln.acceptAt; opts.HasTS {
@@ -105,6 +106,8 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 			l.ack = seqnum.Max(l.ack, n.State.ClientAck)
 			l.edge = seqnum.Max(l.edge, n.State.ClientEdge)
 			l.heardTS(n.State.ClientTS)
+			l.state = n.State
+			l.leave(n.Logged, false, n.State.ServerEdge) // without it nobody knows its window
 		}
 		e.add(l)
 		taken[l.cut.Conn] = true

@@ -51,6 +51,7 @@ type Survivor struct {
 	TS    uint32           // the timestamp clock the image was restored with
 
 	Digests []stream.OutDigest // the newest in the log, oldest first
+	Logged  Instream           // what the log has of its client
 }
 
 // Engine rolls restored connections forward: it plays the client to the
@@ -86,7 +87,19 @@ type Engine struct {
 
 	waiting       []Waiting // clients' packets, and the server's own SYNs
 	waitingOctets int
-	stats         Stats
+	waitingSYNs   map[stream.FourTuple]seqnum.Value
+
+	// While the server is away (away.go).
+	journal    Journal // nil: clients are not answered
+	own        *journal
+	taken      []taken // not stable yet
+	ripe       []taken // stable, and their turn comes when the log has been fed
+	awayOctets int     // in taken and ripe
+	long       bool    // clients have waited for long
+	congested  bool
+	doubt      bool
+
+	stats Stats
 }
 
 // Waiting is a packet of a client, or a SYN of the server's own, that came before
@@ -105,6 +118,8 @@ type Stats struct {
 	Refused                   uint64 // client packets dropped for want of room
 	Condemned                 uint64 // connections reset
 	Divergences               uint64 // connections on which the restored server said something else
+	TakenBytes                uint64 // octets of clients logged while the server was away
+	Answered                  uint64 // acknowledgements sent meanwhile
 }
 
 type eventKind uint8
@@ -169,6 +184,10 @@ type line struct {
 
 	heardSeq seqnum.Value // of a dialled connection: the newest evHeard
 
+	state stream.ConnState // newest in the log
+	left  *absence         // how the old server left its client; nil: unknown
+	away  *absence         // the same once clients are answered in its place; nil: never
+
 	lagging bool // no longer holds the others up
 	unsure  bool // in Engine.unsure
 	gone    bool // dropped
@@ -193,10 +212,16 @@ func NewEngine(survivors []Survivor) *Engine {
 			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended, heardSeq: c.SndUna,
 		}
 		l.compareWith(s.Digests)
+		offered := c.RcvEdge
 		if s.Known {
 			l.ack = seqnum.Max(l.ack, s.State.ClientAck)
 			l.edge = seqnum.Max(l.edge, s.State.ClientEdge)
 			l.heardTS(s.State.ClientTS)
+			l.state = s.State
+			offered = seqnum.Max(offered, s.State.ServerEdge)
+		}
+		if !c.Dialled { // a peer's answers have their place behind what they answer
+			l.leave(s.Logged, c.ClientFin, offered)
 		}
 		e.add(l)
 	}
@@ -311,6 +336,10 @@ func (e *Engine) Full() bool { return e.queued > maxQueued }
 // Fed says that the log has ended.
 func (e *Engine) Fed(now time.Time) {
 	e.fed = true
+	for i := range e.ripe {
+		e.feedTaken(&e.ripe[i])
+	}
+	e.ripe = nil
 	e.pump(now)
 	for _, l := range e.lines {
 		e.hurry(l)
@@ -348,6 +377,13 @@ func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segme
 	if l != nil && s.Flags.Has(tcpwrap.ACK) && s.Flags&(tcpwrap.RST|tcpwrap.SYN) == 0 {
 		e.heard(l, s)
 	}
+	if e.attends(l) {
+		e.attend(l, id, s)
+		if e.live {
+			e.acknowledge(l)
+		}
+		return true
+	}
 	if e.live && l != nil { // lagging: its octets would overtake those of the log
 		e.Ready.Decide(id, tcpwrap.Drop)
 		if s.Flags.Has(tcpwrap.RST) && s.Seq == l.logged {
@@ -364,6 +400,12 @@ func (e *Engine) fromClient(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segme
 
 // keep keeps a packet for the machine that takes over at go-live.
 func (e *Engine) keep(id tcpwrap.PacketID, s *tcpwrap.Segment) {
+	if s.Flags.Has(tcpwrap.SYN) { // it is answered at go-live, once, however often it comes
+		if isn, yes := e.waitingSYNs[s.Tuple]; yes && isn == s.Seq {
+			e.Ready.Decide(id, tcpwrap.Drop)
+			return
+		}
+	}
 	n := len(s.Payload) + len(s.RawOptions)
 	if len(e.waiting) >= maxHeld || e.waitingOctets+n > maxHeldOctets {
 		e.stats.Refused++
@@ -373,6 +415,12 @@ func (e *Engine) keep(id tcpwrap.PacketID, s *tcpwrap.Segment) {
 	w := Waiting{id, *s}
 	w.Segment.Payload = append([]byte(nil), s.Payload...)
 	w.Segment.RawOptions = append([]byte(nil), s.RawOptions...)
+	if s.Flags.Has(tcpwrap.SYN) {
+		if e.waitingSYNs == nil {
+			e.waitingSYNs = map[stream.FourTuple]seqnum.Value{}
+		}
+		e.waitingSYNs[s.Tuple] = s.Seq
+	}
 	e.waiting = append(e.waiting, w)
 	e.waitingOctets += n
 }

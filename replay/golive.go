@@ -121,7 +121,7 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 		}
 		waiting = append(waiting, w)
 	}
-	e.waiting, e.waitingOctets = nil, 0
+	e.waiting, e.waitingOctets, e.waitingSYNs = nil, 0, nil
 	return cuts, waiting
 }
 
@@ -134,6 +134,9 @@ func (e *Engine) Joined() []tcpwrap.Cut {
 		}
 		if !l.over() {
 			e.nudge(l)
+			if l.away != nil && e.long {
+				e.prompt(l, l.kAck)
+			}
 			cuts = append(cuts, l.here())
 		}
 		e.drop(l)
@@ -174,6 +177,10 @@ func (l *line) here() tcpwrap.Cut {
 		c.SndWnd = c.SndUna.To(l.edge)
 	}
 	c.ClientTS, c.ServerTS = l.clientTS, l.kTS
+	c.RcvEdge = l.logged
+	if l.away != nil {
+		c.RcvEdge = l.away.offered
+	}
 	return c
 }
 
@@ -187,10 +194,14 @@ func (e *Engine) Greet() {
 		if l.ended || l.unborn() && !l.answered {
 			continue
 		}
-		e.Ready.Send(tcpwrap.Outgoing{
+		o := tcpwrap.Outgoing{
 			Tuple: l.cut.Tuple, Seq: l.ack.Sub(1), Ack: l.cut.RcvNxt, Flags: tcpwrap.ACK,
 			HasTS: l.cut.HasTS, TSVal: l.kTS, TSEcr: l.clientTS,
-		})
+		}
+		if l.away != nil {
+			o.Ack, o.Window = l.away.stable, l.away.window(l.cut.RcvWScale)
+		}
+		e.Ready.Send(o)
 	}
 }
 

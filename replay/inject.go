@@ -230,6 +230,9 @@ func (l *line) caughtUp() bool {
 	if l.unborn() {
 		return !l.answered
 	}
+	if a := l.away; a != nil && (a.nxt != l.logged || a.reset && !l.reset) { // what its client sent is on its way
+		return l.kReset || l.resetSent || l.gap != ""
+	}
 	if l.kReset || l.resetSent {
 		return true
 	}

@@ -30,6 +30,7 @@ type Line struct {
 	Reason stream.EndReason
 
 	Digests []stream.OutDigest // the newest few, oldest first
+	Logged  Instream           // what its client has said
 
 	opened, accepted bool // its open and accept records were seen
 	answered         bool // and something that the client sent after them
@@ -112,10 +113,13 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 		}
 		ln.Digests = append(ln.Digests, r)
 	case stream.Bytes:
-		l.line(r.Conn).answered = true
+		ln := l.line(r.Conn)
+		ln.answered = true
+		ln.Logged.add(r.Seq, len(r.Payload), false)
 	case stream.ClientFin:
 		ln := l.line(r.Conn)
 		ln.answered, ln.finNxt, ln.fin = true, r.Seq.Add(1), true
+		ln.Logged.add(r.Seq, 1, true)
 	case stream.ConnEnd:
 		ln := l.line(r.Conn)
 		ln.Ended, ln.Reason, ln.endPos = true, r.Reason, e.Pos

@@ -3,6 +3,7 @@ package replay_test
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -29,6 +30,7 @@ func TestEngineScenarios(t *testing.T) {
 type enginePlay struct {
 	e         *replay.Engine
 	survivors []replay.Survivor
+	machine   *tcpwrap.Machine // at go-live; it only gives records their places here
 	conns     map[string]stream.ConnID
 	id        tcpwrap.PacketID
 	now       time.Time
@@ -52,6 +54,28 @@ func (p *enginePlay) do(d *scenario.Directive) string {
 	case "start":
 		p.e = replay.NewEngine(p.survivors)
 		p.e.Start(p.now)
+	case "begin":
+		p.e = replay.NewEngine(p.survivors)
+	case "standin":
+		p.e.StandIn(10, time.Duration(d.Number("silence", 0))*time.Second)
+	case "greet":
+		p.e.Greet()
+	case "restored":
+		p.e.Start(p.now)
+	case "stable":
+		n, err := strconv.Atoi(d.Word(0))
+		if err != nil {
+			d.Fatalf("%v", err)
+		}
+		p.e.Stable(p.now, stream.Position(n))
+	case "succeed":
+		m := tcpwrap.NewMachine(stream.Position(d.Number("next", 0)), 1, tcpwrap.DefaultLimits())
+		p.e.Succeed(m)
+		p.machine = m
+	case "doubt":
+		p.e.Doubt(d.Word(0) == "yes")
+	case "congested":
+		p.e.Congested(d.Word(0) == "yes")
 	case "feed":
 		p.e.Feed(p.now, p.record(d))
 	case "fed":
@@ -96,6 +120,12 @@ func (p *enginePlay) survivor(d *scenario.Directive) {
 		SndUna: num(d, "una", 0), SndNxt: num(d, "nxt", d.Number("una", 0)), SndWnd: seqnum.Size(d.Number("wnd", 1000)),
 		SndWScale: uint8(d.Number("scale", 0)), HasTS: d.Has("ts"), ClientTS: 5,
 	}, TS: uint32(d.Number("ts", 0)), Ended: d.Has("ended")}
+	s.Cut.RcvEdge = num(d, "offered", d.Number("rcv", 0))
+	if d.Has("logged") { // by way of a ledger, as in life
+		l := replay.NewLedger()
+		l.Apply(p.now, stream.Entry{Pos: 1, Rec: stream.Bytes{Conn: id, Seq: num(d, "from", d.Number("rcv", 0)), Payload: make([]byte, d.Number("logged", 0)-d.Number("from", d.Number("rcv", 0)))}})
+		s.Logged = l.Line(id).Logged
+	}
 	if d.Has("acked") {
 		s.Known = true
 		s.State = stream.ConnState{Conn: id, ClientAck: num(d, "acked", 0), ClientEdge: num(d, "edge", d.Number("acked", 0)+1000), ClientTS: uint32(d.Number("clientts", 0))}
@@ -150,9 +180,50 @@ func (p *enginePlay) cuts(cuts []tcpwrap.Cut) string {
 	return b.String()
 }
 
+// told is what a scenario shows of a record.
+func told(r stream.Record) string {
+	switch r := r.(type) {
+	case stream.Bytes:
+		if len(r.Payload) > 20 {
+			return fmt.Sprintf("bytes %d: %d octets", r.Seq, len(r.Payload))
+		}
+		return fmt.Sprintf("bytes %d: %s", r.Seq, r.Payload)
+	case stream.ClientFin:
+		return fmt.Sprintf("fin %d", r.Seq)
+	case stream.ClientReset:
+		return fmt.Sprintf("reset %d", r.Seq)
+	case stream.ConnState:
+		return fmt.Sprintf("state: client acknowledged %d, edge %d; clocks %d %d; offered %d", r.ClientAck, r.ClientEdge, r.ClientTS, r.ServerTS, r.ServerEdge)
+	}
+	return fmt.Sprintf("%T", r)
+}
+
 func (p *enginePlay) ready() string {
 	var out []string
+	records := p.e.Ready.Records
+	if p.machine != nil {
+		records = append(records, p.machine.Ready.Records...)
+		defer p.machine.Ready.Reset()
+	}
+	for _, r := range records {
+		out = append(out, fmt.Sprintf("log %d %s", r.Pos, told(r.Record)))
+	}
 	for _, s := range p.e.Ready.Segments {
+		if s.Unreachable {
+			line := fmt.Sprintf("to client %s unreachable seq %d", playName(s.Tuple), s.Seq)
+			if n := len(out); n > 0 && strings.HasPrefix(out[n-1], line) {
+				line = out[n-1]
+				out = out[:n-1]
+				times := 1
+				if i := strings.LastIndex(line, " x"); i > 0 {
+					times, _ = strconv.Atoi(line[i+2:])
+					line = line[:i]
+				}
+				line = fmt.Sprintf("%s x%d", line, times+1)
+			}
+			out = append(out, line)
+			continue
+		}
 		to := "to client"
 		if s.Up {
 			to = "to server"

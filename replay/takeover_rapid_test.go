@@ -14,6 +14,9 @@ import (
 	"github.com/ftckpt/ftckpt/tcpwrap/tcptest"
 )
 
+// dying is how seldom a takeover dies in the middle.
+const dying = 8
+
 // clockMargin is the node's: how far a restored timestamp clock is set ahead.
 const clockMargin = 100
 
@@ -33,7 +36,7 @@ func (w *world) step() {
 			w.serve(w.order[w.between(0, len(w.order)-1)])
 		}
 	case what < 93:
-		if w.machine != nil {
+		if w.machine != nil || w.engine != nil {
 			w.stabilize(stream.Position(w.between(int(w.stable), len(w.log))))
 		}
 	case what < 98:
@@ -43,6 +46,11 @@ func (w *world) step() {
 	default:
 		if w.machine != nil {
 			w.machine.Congested(w.chance(3))
+		}
+		if w.engine != nil {
+			w.engine.Congested(w.chance(3))
+			w.engine.Doubt(w.chance(3))
+			w.carryOut()
 		}
 	}
 }
@@ -97,14 +105,14 @@ func (w *world) crash() {
 
 // takeover is what the standby's node does, with the world going on meanwhile.
 func (w *world) takeover() {
-	g := w.gens[len(w.gens)-1]
+	g, fence := w.gens[len(w.gens)-1], len(w.log)
 	var survivors []replay.Survivor
 	planned := w.now
 	for _, c := range g.cuts {
 		sv := replay.Survivor{Cut: c}
 		ts := c.ServerTS + uint32(planned.Sub(g.at).Milliseconds())
 		if ln := w.ledger.Line(c.Conn); ln != nil {
-			sv.Ended, sv.Digests = ln.Ended, ln.Digests
+			sv.Ended, sv.Digests, sv.Logged = ln.Ended, ln.Digests, ln.Logged
 			if ln.Known {
 				sv.State, sv.Known = ln.State, true
 				if ln.State.ServerTS != 0 {
@@ -125,9 +133,15 @@ func (w *world) takeover() {
 	reborn := w.engine.AddNewborns(newborns)
 	w.silent = true
 	w.steps("before the greeting", 2)
+	w.engine.StandIn(stream.Position(len(w.log)+1), time.Duration(w.between(0, 1))*time.Hour)
 	w.engine.Greet()
 	w.carryOut()
-	w.steps("before the restore", 3)
+	w.steps("before the restore", 8)
+	if w.chance(dying) { // this node dies, too, and another one begins with the same generation
+		w.crash()
+		w.takeover()
+		return
+	}
 
 	rewound, boast := w.chance(3), w.chance(3)
 	restored := w.now
@@ -144,7 +158,7 @@ func (w *world) takeover() {
 		w.host[t].ep.Probe()
 		w.speak(w.host[t])
 	}
-	for p := int(g.rec.From); p <= len(w.log); p++ {
+	for p := int(g.rec.From); p <= fence; p++ {
 		w.engine.Feed(w.now, w.log[p-1])
 		w.carryOut()
 		if w.chance(2) {
@@ -200,7 +214,9 @@ func (w *world) goLive(g *generation, reborn map[stream.ConnID]bool) {
 	w.silent = false
 	cuts, waiting := w.engine.GoLive()
 	w.t.Logf("cuts %+v", cuts)
-	m := tcpwrap.NewMachine(stream.Position(len(w.log)+1), next, tcpwrap.DefaultLimits())
+	m := tcpwrap.NewMachine(w.engine.Next(), next, tcpwrap.DefaultLimits())
+	m.StableSoFar(w.stable)
+	w.engine.Succeed(m)
 	w.machine = m
 	m.Append(stream.Hello{})
 	m.Adopt(cuts)
@@ -220,6 +236,11 @@ func (w *world) goLive(g *generation, reborn map[stream.ConnID]bool) {
 func (w *world) finish() {
 	w.overruns, w.slow = 0, 1
 	w.machine.Congested(false)
+	if w.engine != nil {
+		w.engine.Congested(false)
+		w.engine.Doubt(false)
+		w.carryOut()
+	}
 	for _, c := range w.clients {
 		c.ep.CloseWrite()
 	}

@@ -232,6 +232,10 @@ func (w *world) made(o *tcpwrap.Outgoing, ip []byte) {
 	if !o.Up {
 		dir = tcpwrap.Outbound
 	}
+	if o.Unreachable {
+		w.prompted(o)
+		return
+	}
 	var s tcpwrap.Segment
 	if err := tcpwrap.ParseSegment(ip, dir, &s); err != nil {
 		w.t.Fatalf("a segment that is none: %v", err)
@@ -247,7 +251,51 @@ func (w *world) made(o *tcpwrap.Outgoing, ip []byte) {
 	if c := w.clientOf(s.Tuple); w.silent && s.Flags.Has(tcpwrap.RST) && !c.told && !c.gone {
 		w.t.Fatal("a reset before go-live")
 	}
+	w.promise(&s)
 	w.toClient = append(w.toClient, s)
+}
+
+// prompted is an ICMP destination unreachable: a client with octets outstanding
+// from there on sends them again.
+func (w *world) prompted(o *tcpwrap.Outgoing) {
+	c := w.clientOf(o.Tuple)
+	if c.ep.Una == o.Seq && c.ep.Resend(120) {
+		w.listen(c)
+	}
+}
+
+// promise is the first one: what is acknowledged to a client is stable.
+func (w *world) promise(s *tcpwrap.Segment) {
+	if c := w.clientOf(s.Tuple); !s.Flags.Has(tcpwrap.ACK) || s.Flags.Has(tcpwrap.RST) || c.gone || c.ep.State == tcptest.Reset {
+		return
+	}
+	var id stream.ConnID
+	edge, known := seqnum.Value(0), false
+	for _, r := range w.log[:w.stable] {
+		switch r := r.(type) {
+		case stream.ConnOpen:
+			if r.Tuple == s.Tuple {
+				id, edge, known = r.Conn, r.ISN.Add(1), true
+			}
+		case stream.Generation:
+			for _, c := range w.gens[r.ID-1].cuts {
+				if c.Tuple == s.Tuple && (!known || c.Conn != id) {
+					id, edge, known = c.Conn, c.RcvNxt, true
+				}
+			}
+		case stream.Bytes:
+			if end := r.Seq.Add(seqnum.Size(len(r.Payload))); r.Conn == id && r.Seq.LessEq(edge) {
+				edge = seqnum.Max(edge, end)
+			}
+		case stream.ClientFin:
+			if r.Conn == id && r.Seq == edge {
+				edge = edge.Add(1)
+			}
+		}
+	}
+	if known && edge.Less(s.Ack) {
+		w.t.Fatalf("client %d hears that %d is acknowledged, and the log is stable up to %d", s.Tuple.Client.Port()-40000, s.Ack, edge)
+	}
 }
 
 func (w *world) verdict(v tcpwrap.Decision, replaying bool) {
@@ -273,6 +321,7 @@ func (w *world) verdict(v tcpwrap.Decision, replaying bool) {
 	if !replaying && c.dep > w.stable {
 		w.t.Fatalf("packet %d left at %d and depends on %d", v.ID, w.stable, c.dep)
 	}
+	w.promise(&c.seg)
 	w.toClient = append(w.toClient, c.seg)
 }
 
@@ -418,6 +467,10 @@ func (w *world) stabilize(p stream.Position) {
 	w.stable = p
 	if w.machine != nil {
 		w.machine.Stable(w.now, p)
+		w.carryOut()
+	}
+	if w.engine != nil {
+		w.engine.Stable(w.now, p)
 		w.carryOut()
 	}
 }

@@ -112,11 +112,11 @@ func appendBytes(dst []byte, r *Bytes) ([]byte, error) {
 }
 
 func appendConnState(dst []byte, r *ConnState) []byte {
-	dst = be.AppendUint64(appendHead(dst, KindConnState, 28), uint64(r.Conn))
+	dst = be.AppendUint64(appendHead(dst, KindConnState, 32), uint64(r.Conn))
 	dst = appendSeq(dst, r.ClientAck)
 	dst = appendSeq(dst, r.ClientEdge)
 	dst = appendSeq(dst, r.ServerNxt)
-	return be.AppendUint32(be.AppendUint32(dst, r.ClientTS), r.ServerTS)
+	return appendSeq(be.AppendUint32(be.AppendUint32(dst, r.ClientTS), r.ServerTS), r.ServerEdge)
 }
 
 // appendConnOpen appends a SYN of either side: the two have one form.
@@ -166,7 +166,7 @@ func decodeBody(kind Kind, b []byte) (Record, error) {
 		r = Bytes{Conn: ConnID(c.u64()), Seq: c.seq(), Payload: c.rest(MaxPayload)}
 	case KindConnState:
 		r = ConnState{Conn: ConnID(c.u64()), ClientAck: c.seq(), ClientEdge: c.seq(),
-			ServerNxt: c.seq(), ClientTS: c.u32(), ServerTS: c.u32()}
+			ServerNxt: c.seq(), ClientTS: c.u32(), ServerTS: c.u32(), ServerEdge: c.seq()}
 	case KindConnOpen:
 		r = c.connOpen()
 	case KindConnDial:

@@ -61,7 +61,7 @@ func oneOfEach() []Record {
 		ConnAccept{Conn: 1, ISN: 0x12345678, Options: []byte{2, 4, 5, 180, 1, 3, 3, 7}},
 		Bytes{Conn: 1, Seq: 0xfffffff1, Payload: []byte("SET a 1\r\n")},
 		Bytes{Conn: 2, Seq: 0},
-		ConnState{Conn: 1, ClientAck: 1, ClientEdge: 65536, ServerNxt: 0xffffffff, ClientTS: 7, ServerTS: 8},
+		ConnState{Conn: 1, ClientAck: 1, ClientEdge: 65536, ServerNxt: 0xffffffff, ClientTS: 7, ServerTS: 8, ServerEdge: 9},
 		ClientFin{Conn: 1, Seq: 9},
 		ClientReset{Conn: 2, Seq: 10},
 		ConnEnd{Conn: 1, Reason: EndClosed},
@@ -240,7 +240,7 @@ func genRecord(t *rapid.T) Record {
 	case 5:
 		return ClientReset{conn, seq()}
 	case 6:
-		return ConnState{conn, seq(), seq(), seq(), rapid.Uint32().Draw(t, "ts"), rapid.Uint32().Draw(t, "ts")}
+		return ConnState{conn, seq(), seq(), seq(), rapid.Uint32().Draw(t, "ts"), rapid.Uint32().Draw(t, "ts"), seq()}
 	case 7:
 		return ConnEnd{conn, EndReason(rapid.IntRange(1, 5).Draw(t, "reason"))}
 	case 8:

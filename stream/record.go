@@ -134,6 +134,7 @@ type ConnState struct {
 	ServerNxt  seqnum.Value // highest server sequence number released, plus one
 	ClientTS   uint32       // client's last TSval (RFC 7323), 0 when off
 	ServerTS   uint32       // server's last released TSval, 0 when off
+	ServerEdge seqnum.Value // right edge of the window the client has been given
 }
 
 // EndReason says how a connection ended.

@@ -16,6 +16,8 @@ type Cut struct {
 	SndUna seqnum.Value
 	SndNxt seqnum.Value
 	SndWnd seqnum.Size // what the client offers beyond SndUna, octets
+	// RcvEdge is the right edge of the window that the client has been given.
+	RcvEdge seqnum.Value
 	// Shift counts of the windows (RFC 7323): Snd scales what the client
 	// advertises, Rcv what the server does. HasTS: timestamps are on.
 	SndWScale, RcvWScale uint8
@@ -54,6 +56,7 @@ type conn struct {
 	clientTS   uint32
 	serverNxt  seqnum.Value // released, plus one
 	serverTS   uint32
+	serverEdge seqnum.Value // right edge of the window as released
 	sentNxt    seqnum.Value // caught, plus one: what the server's TCP has sent
 	rcvAck     seqnum.Value // what the server's TCP was last seen to acknowledge
 	rcvEdge    seqnum.Value // right edge of what it has offered, when offered
@@ -98,7 +101,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 		sndWScale: c.SndWScale, rcvWScale: c.RcvWScale, hasTS: c.HasTS,
 		clientAck: c.SndUna, clientEdge: c.SndUna.Add(c.SndWnd), clientTS: c.ClientTS,
 		serverNxt: c.SndNxt, serverTS: c.ServerTS, sentNxt: seqnum.Max(c.SndUna, c.SndNxt), rcvAck: c.RcvNxt,
-		openPos: c.Open, dialled: c.Dialled, told: c.SndUna,
+		openPos: c.Open, dialled: c.Dialled, told: c.SndUna, serverEdge: seqnum.Max(c.RcvNxt, c.RcvEdge),
 	}
 	n.in.nxt = c.RcvNxt
 	n.in.fin = c.ClientFin
@@ -161,11 +164,7 @@ func (c *conn) noteCaught(s *Segment) {
 		if c.rcvAck.Less(s.Ack) {
 			c.rcvAck = s.Ack
 		}
-		win := seqnum.Size(s.Window)
-		if !s.Flags.Has(SYN) { // whose window is never scaled (RFC 7323, 2.2)
-			win <<= c.rcvWScale
-		}
-		if e := s.Ack.Add(win); !c.offered || c.rcvEdge.Less(e) {
+		if e := c.offer(s); !c.offered || c.rcvEdge.Less(e) {
 			c.rcvEdge, c.offered = e, true
 		}
 		if c.in.fin && s.Ack == c.in.nxt {
@@ -182,6 +181,15 @@ func (c *conn) noteCaught(s *Segment) {
 	}
 }
 
+// offer is the right edge of the window in a segment of the server's.
+func (c *conn) offer(s *Segment) seqnum.Value {
+	win := seqnum.Size(s.Window)
+	if !s.Flags.Has(SYN) { // whose window is never scaled (RFC 7323, 2.2)
+		win <<= c.rcvWScale
+	}
+	return s.Ack.Add(win)
+}
+
 // noteLogged remembers which record holds the octets up to end.
 func (c *conn) noteLogged(end seqnum.Value, pos stream.Position) {
 	if len(c.unacked) == maxUnacked { // in pairs, each for the older record: it is only ever too careful
@@ -194,12 +202,15 @@ func (c *conn) noteLogged(end seqnum.Value, pos stream.Position) {
 }
 
 // noteReleased takes what an outbound segment says once it may leave.
-func (c *conn) noteReleased(end seqnum.Value, hasTS bool, tsval uint32) {
-	if c.serverNxt.Less(end) {
-		c.serverNxt, c.dirty = end, true
+func (c *conn) noteReleased(r released) {
+	if c.serverNxt.Less(r.end) {
+		c.serverNxt, c.dirty = r.end, true
 	}
-	if hasTS && laterTS(c.serverTS, tsval) {
-		c.serverTS, c.dirty = tsval, true
+	if r.hasTS && laterTS(c.serverTS, r.tsval) {
+		c.serverTS, c.dirty = r.tsval, true
+	}
+	if r.offers && c.serverEdge.Less(r.edge) {
+		c.serverEdge, c.dirty = r.edge, true
 	}
 }
 
@@ -229,7 +240,7 @@ func (c *conn) digest() stream.OutDigest {
 func (c *conn) state() stream.ConnState {
 	return stream.ConnState{
 		Conn: c.id, ClientAck: c.clientAck, ClientEdge: c.clientEdge,
-		ServerNxt: c.serverNxt, ClientTS: c.clientTS, ServerTS: c.serverTS,
+		ServerNxt: c.serverNxt, ClientTS: c.clientTS, ServerTS: c.serverTS, ServerEdge: c.serverEdge,
 	}
 }
 

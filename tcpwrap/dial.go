@@ -41,7 +41,7 @@ func (m *Machine) dialled(c *conn, s *Segment) {
 	d := &dial{id: m.newID(), tuple: s.Tuple, isn: s.Seq, wscale: s.Options.WScale, hasTS: s.Options.HasTS, tsval: s.Options.TSVal}
 	m.dials[s.Tuple] = d
 	m.dialAge = enqueue(m.dialAge, d, m.limits.Handshakes, waits)
-	d.pos = m.depend(stream.ConnDial{Conn: d.id, Tuple: s.Tuple, ISN: s.Seq, Window: s.Window, Options: s.RawOptions})
+	d.pos = m.Depend(stream.ConnDial{Conn: d.id, Tuple: s.Tuple, ISN: s.Seq, Window: s.Window, Options: s.RawOptions})
 }
 
 func (m *Machine) giveUp(d *dial) {
@@ -74,7 +74,7 @@ func (m *Machine) answered(s *Segment) bool {
 	c.opened, c.clientISN, c.serverISN = true, s.Seq, d.isn
 	c.out.Begin(s.Ack)
 	m.conns[s.Tuple] = c
-	m.depend(stream.ConnAnswer{Conn: c.id, ISN: s.Seq, Window: s.Window, Options: s.RawOptions})
+	m.Depend(stream.ConnAnswer{Conn: c.id, ISN: s.Seq, Window: s.Window, Options: s.RawOptions})
 	return true
 }
 
@@ -85,7 +85,7 @@ func (m *Machine) refused(s *Segment) {
 	if d == nil || !s.Flags.Has(ACK) || s.Ack != d.isn.Add(1) {
 		return
 	}
-	m.depend(stream.ClientReset{Conn: d.id, Seq: s.Seq})
+	m.Depend(stream.ClientReset{Conn: d.id, Seq: s.Seq})
 	delete(m.dials, s.Tuple)
 }
 

@@ -71,8 +71,8 @@ func (m *Machine) established(c *conn, s *Segment) *conn {
 	c.out.Begin(s.Seq.Add(1))
 	m.conns[s.Tuple] = c
 	m.embryo(c)
-	c.openPos = m.depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})
-	m.depend(stream.ConnAccept{Conn: c.id, ISN: s.Seq, Options: s.RawOptions})
+	c.openPos = m.Depend(stream.ConnOpen{Conn: c.id, Tuple: s.Tuple, ISN: h.isn, Window: h.window, Options: h.options[:h.nopt]})
+	m.Depend(stream.ConnAccept{Conn: c.id, ISN: s.Seq, Options: s.RawOptions})
 	return c
 }
 

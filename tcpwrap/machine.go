@@ -92,9 +92,10 @@ type heldPacket struct {
 
 // released is what is remembered of a segment for the moment it leaves.
 type released struct {
-	end   uint32
-	hasTS bool
-	tsval uint32
+	end           seqValue
+	edge          seqValue // of the window, if it offers one
+	tsval         uint32
+	hasTS, offers bool
 }
 
 // frozenPacket is a packet caught while a dump runs.
@@ -151,11 +152,16 @@ func (m *Machine) Append(r stream.Record) stream.Position {
 	return p
 }
 
-// depend appends a record that later output depends on.
-func (m *Machine) depend(r stream.Record) stream.Position {
+// Depend appends a record that output caught from now on depends on: what a
+// client has said to a server that others hear.
+func (m *Machine) Depend(r stream.Record) stream.Position {
 	m.dep = m.Append(r)
 	return m.dep
 }
+
+// StableSoFar tells a new machine that of the records before its own only those
+// up to p are stable.
+func (m *Machine) StableSoFar(p stream.Position) { m.stable = min(m.stable, p) }
 
 // Stable is the log's notice that everything up to p is stable.
 func (m *Machine) Stable(now time.Time, p stream.Position) {
@@ -280,7 +286,7 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 		}
 	case s.Flags.Has(RST):
 		if c.resets(s.Seq) {
-			m.depend(stream.ClientReset{Conn: c.id, Seq: s.Seq})
+			m.Depend(stream.ClientReset{Conn: c.id, Seq: s.Seq})
 			if s.Seq == c.in.nxt {
 				m.forget(c)
 			} else {
@@ -355,7 +361,7 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 			for len(data) > 0 { // a super-segment and what it made complete may exceed a record
 				m.tell(c)
 				n := min(len(data), stream.MaxPayload)
-				p := m.depend(stream.Bytes{Conn: c.id, Seq: seq, Payload: data[:n]})
+				p := m.Depend(stream.Bytes{Conn: c.id, Seq: seq, Payload: data[:n]})
 				seq = seq.Add(seqSize(n))
 				data = data[n:]
 				c.noteLogged(seq, p)
@@ -366,7 +372,7 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 			if c.dialled { // a FIN is an answer as well
 				m.tell(c)
 			}
-			p := m.depend(stream.ClientFin{Conn: c.id, Seq: seq})
+			p := m.Depend(stream.ClientFin{Conn: c.id, Seq: seq})
 			c.noteLogged(seq.Add(1), p)
 		})
 	m.ahead += c.in.kept() - before
@@ -409,7 +415,10 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 	}
 	// A packet of no connection of ours is held as well: it may acknowledge what
 	// one that has ended sent last, and it may depend on all the others.
-	h := heldPacket{id, m.dep, now, c, released{uint32(s.End()), s.Options.HasTS, s.Options.TSVal}}
+	h := heldPacket{id, m.dep, now, c, released{end: s.End(), hasTS: s.Options.HasTS, tsval: s.Options.TSVal}}
+	if c != nil && s.Flags.Has(ACK) {
+		h.seg.edge, h.seg.offers = c.offer(s), true
+	}
 	if m.dep <= m.stable && len(m.held) == 0 && !m.doubt {
 		m.stats.Passed++
 		m.release(&h)
@@ -497,7 +506,7 @@ func (m *Machine) noteAck(c *conn, s *Segment) {
 
 func (m *Machine) noteReleased(c *conn, r released) {
 	was := c.dirty
-	c.noteReleased(seqValue(r.end), r.hasTS, r.tsval)
+	c.noteReleased(r)
 	m.mark(c, was)
 }
 

@@ -369,7 +369,7 @@ func (q *NFQueue) SendOut(ip []byte) error { return q.sendRaw(&q.out, ip, "out")
 
 func (q *NFQueue) sendRaw(fds *[2]int, ip []byte, where string) error {
 	w, err := locate(ip)
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrNotTCP) { // ICMP is sent, too
 		return fmt.Errorf("send packet %s: %w", where, err)
 	}
 	q.fdMu.RLock()

@@ -31,6 +31,10 @@ type Outgoing struct {
 	TSEcr    uint32
 	Options  []byte // raw, beside the timestamps
 	Payload  []byte
+	// Unreachable makes it an ICMP destination unreachable instead, about the
+	// client's segment at Seq: a TCP that has backed off its retransmission timer
+	// takes one doubling back for each (RFC 6069), and nothing else happens.
+	Unreachable bool
 }
 
 // Source and destination of the segment.
@@ -80,6 +84,9 @@ func (r *Ready) Send(o Outgoing) { r.Segments = append(r.Segments, o) }
 // AppendOutgoing appends the IP packet of a machine's segment to dst.
 func AppendOutgoing(dst []byte, o *Outgoing) []byte {
 	src, to := o.addrs()
+	if o.Unreachable {
+		return AppendUnreachable(dst, o.Tuple, o.Seq)
+	}
 	return AppendSegment(dst, Build{
 		Src: src, Dst: to, Seq: o.Seq, Ack: o.Ack, Flags: o.Flags, Window: o.Window,
 		TS: o.HasTS, TSVal: o.TSVal, TSEcr: o.TSEcr, Options: o.Options, Payload: o.Payload,

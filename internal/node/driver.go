@@ -42,6 +42,7 @@ type driver struct {
 	doubt     bool
 
 	congested bool
+	broken    bool // a record could not be appended
 	malformed uint64
 	corrupt   uint64
 	buf       []byte
@@ -166,7 +167,13 @@ func (d *driver) perform(r *tcpwrap.Ready) {
 		if err := d.writer.Append(r.Records[i].Pos, r.Records[i].Record); err != nil {
 			// A record that is not in the log breaks every promise behind it.
 			d.log.Error("append to the log: nothing passes any more", "err", err)
-			d.machine.Stop()
+			if d.engine != nil {
+				d.engine.Doubt(true) // for good
+			}
+			if d.machine != nil {
+				d.machine.Stop()
+			}
+			d.broken = true
 			go d.failed(err)
 			break
 		}
@@ -178,11 +185,17 @@ func (d *driver) perform(r *tcpwrap.Ready) {
 		d.dp.Verdict(v.ID, v.Verdict)
 	}
 	r.Reset()
-	if d.writer != nil && d.machine != nil {
-		_, waiting := d.writer.Backlog()
-		if d.congested != (waiting > congestedAt) && (!d.congested || waiting < calmAt) {
-			d.congested = !d.congested
+	if d.writer == nil {
+		return
+	}
+	_, waiting := d.writer.Backlog()
+	if d.congested != (waiting > congestedAt) && (!d.congested || waiting < calmAt) {
+		d.congested = !d.congested
+		if d.machine != nil {
 			d.machine.Congested(d.congested)
+		}
+		if d.engine != nil {
+			d.engine.Congested(d.congested)
 		}
 	}
 }
@@ -202,8 +215,12 @@ func (d *driver) send(o *tcpwrap.Outgoing) {
 func (d *driver) stable(p stream.Position) {
 	d.mu.Lock()
 	defer d.finish()
+	now := time.Now()
 	if d.machine != nil {
-		d.machine.Stable(time.Now(), p)
+		d.machine.Stable(now, p)
+	}
+	if d.engine != nil {
+		d.engine.Stable(now, p)
 	}
 }
 
@@ -234,8 +251,10 @@ func (d *driver) tick() {
 					d.engine = nil
 				}
 			}
-			if d.machine != nil {
+			if d.writer != nil {
 				d.doubtful(now)
+			}
+			if d.machine != nil {
 				d.machine.Tick()
 			}
 			d.finish()
@@ -262,7 +281,12 @@ func (d *driver) look() (busy bool, born int) {
 func (d *driver) doubtful(now time.Time) {
 	if yes := d.unplugged.Load() || d.writer.State().Phase != stream.WriterOK; yes != d.doubt {
 		d.doubt = yes
-		d.machine.Doubt(now, yes)
+		if d.machine != nil {
+			d.machine.Doubt(now, yes)
+		}
+		if d.engine != nil && !d.broken {
+			d.engine.Doubt(yes)
+		}
 	}
 }
 

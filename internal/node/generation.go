@@ -237,6 +237,7 @@ func cutOf(svc service, s checkpoint.Socket) tcpwrap.Cut {
 		SndWScale: s.SndWScale, RcvWScale: s.RcvWScale,
 		HasTS: s.Options&checkpoint.OptTimestamps != 0, ServerTS: s.Timestamp,
 		ClientFin: clientFin, ServerFin: serverFin, Dialled: svc.dialled(s.Tuple),
+		RcvEdge: s.RcvWup.Add(seqnum.Size(s.RcvWnd)),
 	}
 }
 

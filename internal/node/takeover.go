@@ -31,6 +31,8 @@ const (
 	// time a record takes to get here, and a clock that goes back makes clients
 	// discard everything (PAWS, RFC 7323, 5).
 	clockMargin = 200
+	// unknownSilence is taken for an outage that began before this standby did.
+	unknownSilence = time.Minute
 )
 
 // errStillPrimary says that there is nothing to take over.
@@ -86,9 +88,15 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 	go insist(bctx, s.log, "start heartbeat", func() error {
 		return s.lg.StartBeacon(bctx, roles.Primary, s.node, roles.BeatEvery, func() []byte { return s.reignBeat(w) })
 	})
-	p, err := s.recoverFrom(ctx, c, w, candidates)
+	actx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	w.OnEnd(end)
+	p, err := s.recoverFrom(actx, c, w, candidates, end)
 	if err != nil {
 		_ = w.Close()
+		if cause := context.Cause(actx); errors.Is(cause, stream.ErrFenced) {
+			return exitcode.Wrap(exitcode.Fenced, fmt.Errorf("take over %s: another node was faster: %w", s.cfg.Name, cause))
+		}
 		// The old primary is fenced and this node cannot go on: clients are told
 		// nothing, so that another standby may still save them.
 		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("take over %s: %w", s.cfg.Name, err))
@@ -140,15 +148,23 @@ type recovery struct {
 	gone    []replay.Condemned
 	drv     *driver
 	rules   *tcpwrap.Rules
+	tenure
+}
+
+// tenure is what attempts at one takeover share.
+type tenure struct {
+	first stream.Position  // of this epoch's records
+	upTo  stream.StreamSeq // newest message of the log that is replayed
+	end   func(error)      // ends the takeover
 }
 
 // recoverFrom tries the generations in turn: one whose image cannot be restored
 // is not the end while the one before it is there, with its longer log.
-func (s *standby) recoverFrom(ctx context.Context, c *clock, w *stream.Writer, candidates []local) (*primary, error) {
+func (s *standby) recoverFrom(ctx context.Context, c *clock, w *stream.Writer, candidates []local, end func(error)) (*primary, error) {
 	if err := s.readUpTo(ctx, w.Fence().Seq); err != nil {
 		return nil, err
 	}
-	ledger := s.ledger
+	ledger, t := s.ledger, tenure{w.Next(), w.Fence().Seq, end}
 	var errs []error
 	for i, loc := range candidates {
 		if loc.gen.ID == 0 {
@@ -157,20 +173,43 @@ func (s *standby) recoverFrom(ctx context.Context, c *clock, w *stream.Writer, c
 		if i > 0 {
 			s.log.Error("recovering from the generation before", "generation", loc.gen.ID, "err", errs[i-1])
 			var err error
-			if ledger, err = s.ledgerFrom(ctx, loc, w.Fence().Seq); err != nil {
+			if t.upTo, err = logged(ctx, w, t.first); err != nil {
+				return nil, errors.Join(append(errs, err)...)
+			}
+			if ledger, err = s.ledgerFrom(ctx, loc, t.upTo); err != nil {
 				return nil, errors.Join(append(errs, err)...)
 			}
 			if err := s.renewCapsule(ctx); err != nil {
 				return nil, errors.Join(append(errs, err)...)
 			}
 		}
-		p, err := s.becomePrimary(ctx, c, w, loc, ledger)
+		p, err := s.becomePrimary(ctx, c, w, loc, ledger, t)
 		if err == nil {
 			return p, nil
 		}
 		errs = append(errs, err)
+		if ctx.Err() != nil {
+			break
+		}
 	}
 	return nil, errors.Join(errs...)
+}
+
+// logged is the newest message of the log when what clients have sent to a failed
+// attempt at this takeover is stable.
+func logged(ctx context.Context, w *stream.Writer, first stream.Position) (stream.StreamSeq, error) {
+	ctx, cancel := context.WithTimeout(ctx, fenceTime)
+	defer cancel()
+	if err := w.Drain(ctx); err != nil {
+		return 0, fmt.Errorf("wait for what clients have sent meanwhile: %w", err)
+	}
+	if last := w.Stable(); last >= first {
+		if seq, ok := w.SeqOf(last); ok {
+			return seq, nil
+		}
+		return 0, fmt.Errorf("no message of the log holds position %d", last)
+	}
+	return w.Fence().Seq, nil
 }
 
 // ledgerFrom reads the log again from an older generation on: the ledger that
@@ -205,8 +244,8 @@ func (s *standby) renewCapsule(ctx context.Context) error {
 	return nil
 }
 
-func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local, ledger *replay.Ledger) (*primary, error) {
-	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: loc.svc, ledger: ledger}
+func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local, ledger *replay.Ledger, t tenure) (*primary, error) {
+	r := &recovery{standby: s, clock: c, w: w, loc: loc, svc: loc.svc, ledger: ledger, tenure: t}
 	if err := r.plan(); err != nil {
 		return nil, err
 	}
@@ -277,7 +316,7 @@ func (r *recovery) plan() error {
 		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
 		ln := r.ledger.Line(id)
 		if ln != nil {
-			sv.Ended, sv.Digests = ln.Ended, ln.Digests
+			sv.Ended, sv.Digests, sv.Logged = ln.Ended, ln.Digests, ln.Logged
 		}
 		if ln != nil && ln.Known {
 			sv.State, sv.Known = ln.State, true
@@ -314,9 +353,9 @@ func (r *recovery) plan() error {
 	return nil
 }
 
-// takeAddress makes clients' packets come here, where they wait: the address
-// moves before the restore, so that clients' retransmission timers do not back
-// off meanwhile.
+// takeAddress makes clients' packets come here, where the engine answers them: the
+// address moves before the restore, so that clients' retransmission timers do not
+// back off meanwhile.
 func (r *recovery) takeAddress(ctx context.Context) error {
 	if err := prepareVIPs(r.capsule, r.svc); err != nil {
 		return err
@@ -328,7 +367,8 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	}
 	r.rules.Queue = number
 	r.drv = newDriver(q, r.log)
-	r.drv.engine, r.drv.bear = r.engine, r.bear
+	r.drv.engine, r.drv.bear, r.drv.writer, r.drv.failed = r.engine, r.bear, r.w, r.end
+	r.w.OnStable(r.drv.stable)
 	if err := r.rules.InstallAlone(); err != nil {
 		_ = q.Close()
 		return fmt.Errorf("install packet rules in the capsule: %w", err)
@@ -341,9 +381,23 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	if err := r.capsule.Announce(ctx); err != nil {
 		r.log.Warn("announce the address", "err", err)
 	}
-	r.drv.with(r.engine.Greet)
+	r.drv.with(func() {
+		r.engine.StandIn(r.w.Next(), r.silence())
+		r.engine.Greet()
+	})
 	r.clock.step("vip-taken", &r.clock.t.VIPMS, "vip", r.svc.vips())
 	return nil
+}
+
+// silence is for how long nobody has answered clients. A standby that has never
+// heard of the primary cannot tell.
+func (r *recovery) silence() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.judge.HeardAt().IsZero() {
+		return unknownSilence
+	}
+	return time.Since(r.clock.start)
 }
 
 func (r *recovery) restore(ctx context.Context) (checkpoint.Restored, error) {
@@ -381,8 +435,7 @@ func (r *recovery) rollForward(ctx context.Context, pid int) error {
 		r.drv.busy = func() bool { return !idle(pid) }
 		r.engine.Start(time.Now())
 	})
-	fence := r.w.Fence().Seq
-	err := r.lg.ReadTo(ctx, r.loc.gen.FromSeq, fence, func(e stream.Entry) error {
+	err := r.lg.ReadTo(ctx, r.loc.gen.FromSeq, r.upTo, func(e stream.Entry) error {
 		if e.Rec == nil || e.Pos < r.loc.gen.From {
 			return nil
 		}
@@ -417,7 +470,7 @@ func (r *recovery) rollForward(ctx context.Context, pid int) error {
 	})
 	st := r.engineStats()
 	r.clock.step("replayed", &r.clock.t.ReplayMS,
-		"injected", st.Injected, "injected_bytes", st.InjectedBytes, "swallowed_bytes", st.SwallowedBytes, "resent", st.Resent, "kept", st.Kept)
+		"injected", st.Injected, "injected_bytes", st.InjectedBytes, "swallowed_bytes", st.SwallowedBytes, "resent", st.Resent, "kept", st.Kept, "taken_bytes", st.TakenBytes)
 	return nil
 }
 
@@ -474,12 +527,11 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		lg:    r.lg, w: r.w, store: r.store, url: r.url, drv: r.drv, rules: r.rules, criu: r.criu,
 		exited: watch.Exited(), life: watch.Life,
 		gen: began, kept: []taken{began},
-		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID, first: r.w.Next(),
+		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID, first: r.first,
 	})
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
 		return nil, err
 	}
-	r.w.OnStable(r.drv.stable)
 	r.drv.failed = p.end
 	r.drv.dying = watch.Dying
 	next := sth.NextConn
@@ -489,13 +541,15 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	late := r.ledger.TimeWait(time.Now())
 	r.mu.Unlock()
 
-	m := tcpwrap.NewMachine(r.w.Next(), next, tcpwrap.DefaultLimits())
 	now := time.Now()
 	var live int
 	r.drv.with(func() {
 		cuts, waiting := r.engine.GoLive()
 		live = len(cuts) + r.engine.Remaining()
-		r.drv.machine, r.drv.writer = m, r.w
+		m := tcpwrap.NewMachine(r.engine.Next(), next, tcpwrap.DefaultLimits())
+		m.StableSoFar(r.w.Stable())
+		r.engine.Succeed(m)
+		r.drv.machine = m
 		m.Append(stream.Hello{Config: r.svc.hello()})
 		m.Adopt(cuts)
 		m.Linger(late)

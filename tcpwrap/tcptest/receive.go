@@ -153,7 +153,7 @@ func (e *Endpoint) Cut() tcpwrap.Cut {
 	c := tcpwrap.Cut{
 		Tuple: e.Tuple, RcvNxt: e.RcvNxt, SndUna: e.Una, SndNxt: e.Nxt,
 		SndWScale: e.peerScale, RcvWScale: e.Scale, HasTS: e.TS, ClientTS: e.tsRecent,
-		ClientFin: e.PeerClosed, ServerFin: e.FinSent(),
+		ClientFin: e.PeerClosed, ServerFin: e.FinSent(), RcvEdge: e.edge,
 	}
 	if e.Una.Less(e.peerEdge) {
 		c.SndWnd = e.Una.To(e.peerEdge)
