@@ -4,11 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/ftckpt/ftckpt/internal/control"
+	"github.com/ftckpt/ftckpt/internal/exitcode"
 	"github.com/ftckpt/ftckpt/internal/lab"
 )
 
@@ -35,10 +40,11 @@ func (w *world) startBackend() {
 	})
 }
 
-// startRelay starts a proxy to the back end on the primary.
-func (w *world) startRelay() *server {
+// startRelay starts a proxy on the primary that dials the back end from an
+// address.
+func (w *world) startRelay(from string) *server {
 	w.Helper()
-	return w.serve(w.primary, w.compile("relay.c"), vip, port, "10.77.0.5", port)
+	return w.serve(w.primary, w.compile("relay.c"), vip, port, "10.77.0.5", port, from)
 }
 
 // counter is a client that has the back end count, so that a request which is
@@ -88,7 +94,7 @@ func TestProxy(t *testing.T) {
 		t.Run(d.name, func(t *testing.T) {
 			w := newWorld(t)
 			w.startBackend()
-			relay := w.startRelay()
+			relay := w.startRelay(vip)
 			standby := w.startStandby(w.standby, "")
 			w.protect(relay.PID(), standby.join, "--interval", "1h", "--outgoing", backend)
 			l := w.startLoad(busy)
@@ -108,4 +114,63 @@ func TestProxy(t *testing.T) {
 			l.finish()
 		})
 	}
+}
+
+// Connections to a back end that nobody asked to protect, or that come from an
+// address which stays behind, are named in time, and end in the restored proxy
+// with an error rather than in silence.
+func TestUnprotectedOutgoing(t *testing.T) {
+	for _, c := range []struct {
+		name, from, remedy string
+		args               []string
+	}{
+		{"not named", vip, "--outgoing 10.77.0.5/32:6379", nil},
+		{"another address", "10.77.0.3", "have the server open it from " + vip, []string{"--outgoing", backend}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.startBackend()
+			relay := w.startRelay(c.from)
+			standby := w.startStandby(w.standby, "")
+			if c.args == nil { // the log is in this network
+				a := w.tryProtect(relay.PID(), standby.join, "--outgoing", "10.77.0.0/24")
+				a.exits(exitcode.Config)
+				w.says(a, "the log at 10.77.0.4:4222")
+			}
+			protect := w.protect(relay.PID(), standby.join, append(c.args, "--interval", "1h")...)
+			k := w.dial()
+			w.checkpoint(w.primary, w.standby)
+			s := w.untilStatus(w.primary, "it names the connection", func(s control.Status) bool { return s.Outgoing != nil && s.Outgoing.Others > 0 })
+			if u := s.Outgoing.Unprotected; len(u) == 0 || u[0].Remote != backend || !strings.Contains(u[0].Remedy, c.remedy) {
+				t.Errorf("status names %+v, want %s and %q", u, backend, c.remedy)
+			}
+			if _, out, _ := w.cli(w.primary, "check", "--pid", strconv.Itoa(relay.PID())); !strings.Contains(out, "--outgoing 10.77.0.5/32:6379") {
+				t.Errorf("check does not say how to protect the connection to the back end:\n%s", out)
+			}
+			w.until("protect warns of it", func() bool { return strings.Contains(protect.said(), c.remedy) })
+			relay.kill(w)
+			w.takenOver(w.standby, s.Outgoing.Others)
+			if err := k.end(); err != nil {
+				t.Error(err)
+			}
+			if c.from == vip {
+				w.check(w.dial().ask("through a new connection"))
+			} else if err := w.connect().end(); err != nil { // it cannot dial from there any more, and lives
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// end waits for the end of a connection, which must not be silence.
+func (k *raw) end() error {
+	_ = k.c.SetReadDeadline(time.Now().Add(patience))
+	b, err := k.r.ReadByte()
+	if err == nil {
+		return fmt.Errorf("%s: %q too much", k.name(), b)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("%s: nothing came for %v", k.name(), patience)
+	}
+	return nil
 }

@@ -28,6 +28,7 @@ func (e *Engine) heardThen(r stream.ConnState) {
 		return
 	}
 	l.heardSeq = r.ClientAck
+	e.touch(l)
 	l.todo = append(l.todo, event{kind: evHeard, seq: r.ClientAck})
 	if !l.lagging {
 		e.order = append(e.order, l)

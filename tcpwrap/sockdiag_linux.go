@@ -11,6 +11,7 @@ import (
 
 	"github.com/ftckpt/ftckpt/internal/nsthread"
 	"github.com/ftckpt/ftckpt/internal/remote"
+	"github.com/ftckpt/ftckpt/stream"
 )
 
 // TCPState is a socket's state (net/tcp_states.h).
@@ -73,7 +74,7 @@ const (
 func Sockets(netns string, vips []netip.Addr, ports []uint16, peers ...remote.Range) ([]Socket, error) {
 	var found []Socket
 	err := withDiag(netns, func(fd int) (err error) {
-		found, err = listSockets(fd, vips, ports, peers)
+		found, err = listSockets(fd, serving(vips, ports, peers))
 		return err
 	})
 	if err != nil {
@@ -89,26 +90,50 @@ func Sockets(netns string, vips []netip.Addr, ports []uint16, peers ...remote.Ra
 func DestroySockets(netns string, vips []netip.Addr, ports []uint16, peers ...remote.Range) (int, error) {
 	n := 0
 	err := withDiag(netns, func(fd int) error {
-		socks, err := listSockets(fd, vips, ports, peers)
-		if err != nil {
-			return err
+		socks, err := listSockets(fd, serving(vips, ports, peers))
+		if err == nil {
+			n, err = destroyAll(fd, socks)
 		}
-		for _, s := range socks {
-			if s.State == TCPListen {
-				continue
-			}
-			switch err := destroySocket(fd, &s); {
-			case err == nil:
-				n++
-			case errors.Is(err, unix.ENOENT): // ended by itself
-			default:
-				return fmt.Errorf("%v to %v: %w", s.State, s.Remote, err)
-			}
-		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return n, fmt.Errorf("destroy sockets of %v: %w", vips, err)
+	}
+	return n, nil
+}
+
+// DestroyConnections aborts those of the given connections that there are in a
+// network namespace, as DestroySockets does.
+func DestroyConnections(netns string, tuples map[stream.FourTuple]bool) (int, error) {
+	n := 0
+	err := withDiag(netns, func(fd int) error {
+		socks, err := listSockets(fd, func(s *Socket) bool {
+			return tuples[stream.FourTuple{Server: s.Local, Client: s.Remote}]
+		})
+		if err == nil {
+			n, err = destroyAll(fd, socks)
+		}
+		return err
+	})
+	if err != nil {
+		return n, fmt.Errorf("destroy connections: %w", err)
+	}
+	return n, nil
+}
+
+// destroyAll aborts sockets, listeners not included.
+func destroyAll(fd int, socks []Socket) (n int, err error) {
+	for _, s := range socks {
+		if s.State == TCPListen {
+			continue
+		}
+		switch err := destroySocket(fd, &s); {
+		case err == nil:
+			n++
+		case errors.Is(err, unix.ENOENT): // ended by itself
+		default:
+			return n, fmt.Errorf("%v to %v: %w", s.State, s.Remote, err)
+		}
 	}
 	return n, nil
 }
@@ -138,19 +163,23 @@ func appendDiagRequest(b []byte, typ, flags uint16, family uint8, states uint32,
 	return append(b, id[:]...)
 }
 
-func listSockets(fd int, vips []netip.Addr, ports []uint16, peers []remote.Range) ([]Socket, error) {
+// serving says which sockets are of a service.
+func serving(vips []netip.Addr, ports []uint16, peers []remote.Range) func(*Socket) bool {
+	return func(s *Socket) bool {
+		return s.serves(vips, ports) || slices.Contains(vips, s.Local.Addr()) && remote.Any(peers, s.Remote)
+	}
+}
+
+func listSockets(fd int, wanted func(*Socket) bool) ([]Socket, error) {
 	var found []Socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if family == unix.AF_INET && !slices.ContainsFunc(vips, netip.Addr.Is4) {
-			continue
-		}
 		var any [diagIDLen]byte
 		req := appendDiagRequest(nil, sockDiagByFamily, unix.NLM_F_DUMP, family, diagAllStates, &any)
 		if err := writeNetlink(fd, req); err != nil {
 			return nil, err
 		}
 		err := readAnswers(fd, func(body []byte) {
-			if s, ok := parseSocket(body); ok && (s.serves(vips, ports) || slices.Contains(vips, s.Local.Addr()) && remote.Any(peers, s.Remote)) {
+			if s, ok := parseSocket(body); ok && wanted(&s) {
 				found = append(found, s)
 			}
 		})

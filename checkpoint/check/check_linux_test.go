@@ -299,3 +299,20 @@ func TestParseListener(t *testing.T) {
 		}
 	}
 }
+
+func TestParseConnection(t *testing.T) {
+	const up = "   1: 6401A8C0:9C42 0701A8C0:18EB 01 00000000:00000000 00:00000000 00000000     0        0 4242 1 0000000000000000 20 4 30 10 -1"
+	c, inode, ok := parseConnection(up)
+	if !ok || inode != 4242 || c.Local.String() != "192.168.1.100:40002" || c.Remote.String() != "192.168.1.7:6379" {
+		t.Errorf("%+v, inode %d, %v", c, inode, ok)
+	}
+	if want := "--outgoing 192.168.1.7/32:6379"; !strings.HasSuffix(c.Remedy(), want) {
+		t.Errorf("remedy %q, want %q", c.Remedy(), want)
+	}
+	for _, line := range []string{"", "  sl  local_address rem_address   st",
+		strings.Replace(up, " 01 ", " 0A ", 1), strings.Replace(up, " 01 ", " 06 ", 1), strings.Replace(up, "0701A8C0", "0701A8C", 1), strings.Replace(up, ":18EB", "", 1)} {
+		if c, _, ok := parseConnection(line); ok {
+			t.Errorf("%q is %+v", line, c)
+		}
+	}
+}

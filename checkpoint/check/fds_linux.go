@@ -193,25 +193,30 @@ func parseListener(line string) (addr netip.AddrPort, inode uint64, ok bool) {
 	if len(f) < 10 || f[3] != listen {
 		return addr, 0, false
 	}
-	host, port, ok := strings.Cut(f[1], ":")
-	if !ok {
+	if addr, ok = parseAddr(f[1]); !ok {
 		return addr, 0, false
+	}
+	inode, err := strconv.ParseUint(f[9], 10, 64)
+	return addr, inode, err == nil
+}
+
+// parseAddr reads an address of those tables.
+func parseAddr(s string) (addr netip.AddrPort, ok bool) {
+	host, port, ok := strings.Cut(s, ":")
+	if !ok {
+		return addr, false
 	}
 	raw, err := hex.DecodeString(host)
 	if err != nil || len(raw)%4 != 0 {
-		return addr, 0, false
+		return addr, false
 	}
 	for i := 0; i < len(raw); i += 4 { // printed as the machine's own words
 		binary.NativeEndian.PutUint32(raw[i:], binary.BigEndian.Uint32(raw[i:]))
 	}
 	ip, ok := netip.AddrFromSlice(raw)
 	if !ok {
-		return addr, 0, false
+		return addr, false
 	}
 	p, err := strconv.ParseUint(port, 16, 16)
-	if err != nil {
-		return addr, 0, false
-	}
-	inode, err = strconv.ParseUint(f[9], 10, 64)
-	return netip.AddrPortFrom(ip.Unmap(), uint16(p)), inode, err == nil
+	return netip.AddrPortFrom(ip.Unmap(), uint16(p)), err == nil
 }

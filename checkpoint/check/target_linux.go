@@ -55,7 +55,9 @@ type TargetReport struct {
 	Exe       string     `json:"exe"`
 	Processes int        `json:"processes"`
 	Listeners []Listener `json:"listeners"`
-	Problems  []Problem  `json:"problems"`
+	// Opened are connections that it has opened itself, the first 64.
+	Opened   []Connection `json:"opened,omitempty"`
+	Problems []Problem    `json:"problems"`
 }
 
 // Err is nil when the target can be protected, and otherwise one line that says
@@ -276,6 +278,7 @@ func ownIPC(pid int) (bool, error) {
 // are none.
 func (in *inspection) listeners() error {
 	l := &in.report.Listeners
+	var tables []string
 	for _, name := range []string{"tcp", "tcp6"} {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", in.root, name))
 		if errors.Is(err, fs.ErrNotExist) {
@@ -284,7 +287,9 @@ func (in *inspection) listeners() error {
 		if err != nil {
 			return err
 		}
-		for _, line := range strings.Split(string(b), "\n") {
+		lines := strings.Split(string(b), "\n")
+		tables = append(tables, lines...)
+		for _, line := range lines {
 			addr, inode, ok := parseListener(line)
 			if !ok {
 				continue
@@ -295,6 +300,7 @@ func (in *inspection) listeners() error {
 		}
 	}
 	sort.Slice(*l, func(i, j int) bool { return (*l)[i].Addr.Compare((*l)[j].Addr) < 0 })
+	in.opened(tables)
 	if len(*l) == 0 {
 		in.add("no listener", in.root, -1, "neither it nor a child listens on TCP", "give the id of the process that serves (ss -tlnp shows it), or wait until it listens")
 	}

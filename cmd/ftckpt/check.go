@@ -116,6 +116,13 @@ func (r *checkReport) writeTarget(w io.Writer) error {
 	for _, l := range t.Listeners {
 		fmt.Fprintf(tw, "  listens\t%s\n", l.Addr)
 	}
+	told := map[string]bool{} // one line for each peer
+	for _, c := range t.Opened {
+		if remedy := c.Remedy(); !told[remedy] {
+			told[remedy] = true
+			fmt.Fprintf(tw, "  opens\t%s to %s\t%s\n", c.Local, c.Remote, remedy)
+		}
+	}
 	for _, p := range t.Problems {
 		fmt.Fprintf(tw, "  in the way\t%s\n", p)
 	}

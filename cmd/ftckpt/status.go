@@ -159,6 +159,12 @@ func writeStatus(w io.Writer, s control.Status) {
 			row("clients", "%s; others are not protected", strings.Join(s.ClientNets, ", "))
 		}
 	}
+	if o := s.Outgoing; o != nil {
+		row("outgoing", "%d connections protected, to %s; %d others", o.Connections, orDash(strings.Join(o.Peers, " ")), o.Others)
+		for _, u := range o.Unprotected {
+			row("", "not protected: %s to %s: %s", u.Local, u.Remote, u.Remedy)
+		}
+	}
 	row("log", "%s, %s; survives the death of its %s", orDash(s.Log.URL), orDash(string(s.Log.State)), survivor(s.Log.Durability))
 	row("stable", "position %d; behind it %d records, %s, for %s", s.Log.Stable, s.Log.LagRecords, size(s.Log.LagBytes), micros(s.Log.LagUS))
 	if g := s.Generation; g.ID != 0 {

@@ -1,6 +1,7 @@
-// relay VIP PORT BACKEND BACKEND-PORT: a TCP proxy with one thread. For every
-// client it opens a connection of its own to the back end, from VIP, and carries
-// bytes both ways, half-closes too. It reads no faster than it can write.
+// relay VIP PORT BACKEND BACKEND-PORT FROM: a TCP proxy with one thread. For every
+// client it opens a connection of its own to the back end, from FROM, and carries
+// bytes both ways, half-closes too. It reads no faster than it can write. When it
+// loses a connection to the back end it closes the client's.
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -90,10 +91,9 @@ static int handle(struct side *s, unsigned events) {
 }
 
 int main(int argc, char **argv) {
-	if (argc != 5) return 2;
-	struct sockaddr_in here = addr(argv[1], argv[2]), back = addr(argv[3], argv[4]), from = here;
+	if (argc != 6) return 2;
+	struct sockaddr_in here = addr(argv[1], argv[2]), back = addr(argv[3], argv[4]), from = addr(argv[5], "0");
 	int one = 1, l = socket(AF_INET, SOCK_STREAM, 0);
-	from.sin_port = 0;
 	signal(SIGPIPE, SIG_IGN);
 	setsockopt(l, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
 	if (bind(l, (void *)&here, sizeof here) || listen(l, 128)) die("listen");
@@ -124,12 +124,15 @@ int main(int argc, char **argv) {
 			if (c < 0) continue;
 			int b = socket(AF_INET, SOCK_STREAM, 0);
 			setsockopt(b, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
-			if (bind(b, (void *)&from, sizeof from)) die("bind");
+			if (bind(b, (void *)&from, sizeof from) || (fcntl(b, F_SETFL, O_NONBLOCK), connect(b, (void *)&back, sizeof back) && errno != EINPROGRESS)) {
+				close(b); // FROM may be no address of this host any more
+				close(c);
+				continue;
+			}
 			struct side *x = side(c), *y = side(b);
 			x->other = y;
 			y->other = x;
 			y->connecting = 1;
-			if (connect(b, (void *)&back, sizeof back) && errno != EINPROGRESS) die("connect");
 			want(x);
 			want(y);
 		}

@@ -55,6 +55,9 @@ type Status struct {
 	ClientNets  []string `json:"client_nets"` // whose connections are protected; empty: all
 	Connections int      `json:"connections"`
 
+	// Outgoing is there when peers were named or the server has opened connections.
+	Outgoing *Outgoing `json:"outgoing,omitempty"`
+
 	Log         Log        `json:"log"`
 	Generation  Generation `json:"generation"`
 	Held        Held       `json:"held"`
@@ -64,6 +67,22 @@ type Status struct {
 	Standbys  []Standby `json:"standbys"`
 	Takeovers int       `json:"takeovers"`
 	Takeover  *Takeover `json:"takeover,omitempty"` // the last one, when there was one
+}
+
+// Outgoing are the connections that the server had opened itself at the newest
+// generation. Peers are those to which they are protected (--outgoing).
+type Outgoing struct {
+	Peers       []string      `json:"peers"`
+	Connections int           `json:"connections"` // protected
+	Others      int           `json:"others"`      // not protected: a takeover resets them
+	Unprotected []Unprotected `json:"unprotected"` // of the others the first 32
+}
+
+// Unprotected is a connection that does not survive a takeover.
+type Unprotected struct {
+	Local  string `json:"local"`
+	Remote string `json:"remote"`
+	Remedy string `json:"remedy"` // what to do
 }
 
 // Log is the state of the stable log. Stable is the position up to which all

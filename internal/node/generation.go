@@ -190,6 +190,7 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 		return m, fmt.Errorf("take generation %d: %w", id, err)
 	}
 	m.PauseUS, m.ImageBytes = time.Since(held).Microseconds(), d.Bytes
+	p.tellOutgoing(outgoing(p.svc, socks))
 	if m.SocketOptions, err = checkpoint.ReadSocketOptions(p.where.pid, socks); err != nil {
 		p.log.Warn("after a takeover from this generation some socket options will be the system's defaults", "generation", id, "err", err)
 	}

@@ -74,6 +74,8 @@ type primary struct {
 	role     control.Role
 	takeover *control.Takeover
 	takes    int
+	outgoing *control.Outgoing // at the newest generation
+	warned   map[string]bool   // remedies that were told
 
 	lowSpace    time.Time // when a standby last said that its log is low on space
 	divergences uint64    // connections on which the restored server said something else
@@ -91,6 +93,7 @@ func newPrimary(p *primary) *primary {
 	p.ended, p.wanted = make(chan error, 1), make(chan wanted)
 	p.moves, p.succeeded = make(chan move), make(chan stream.Beat, 1)
 	p.standbys, p.seen = map[string]control.Standby{}, map[string]time.Time{}
+	p.warned = map[string]bool{}
 	p.role = control.RolePrimary
 	return p
 }

@@ -52,6 +52,9 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	if err != nil {
 		return err
 	}
+	if err := checkOutgoing(ctx, cfg); err != nil {
+		return err
+	}
 	watch, err := tcpwrap.WatchProc(cfg.PID)
 	if err != nil {
 		return exitcode.Wrap(exitcode.Unsuitable, fmt.Errorf("watch pid %d: %w", cfg.PID, err))

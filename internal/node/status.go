@@ -114,7 +114,7 @@ func (p *primary) Status() control.Status {
 	defer p.mu.Unlock()
 	s := control.Status{
 		Service: p.svc.Name, Node: p.node, PID: p.where.pid, Role: p.role, Epoch: uint64(p.w.Epoch()),
-		VIPs: texts(p.svc.VIPs), Ports: p.svc.Ports, ClientNets: texts(p.svc.Clients), Connections: m.Connections,
+		VIPs: texts(p.svc.VIPs), Ports: p.svc.Ports, ClientNets: texts(p.svc.Clients), Connections: m.Connections, Outgoing: p.outgoing,
 		Log: control.Log{
 			URL: p.url, Durability: control.DurableProcess, Stable: uint64(p.w.Stable()),
 			LagRecords: uint64(records), LagBytes: uint64(bytes), State: control.LogOK,

@@ -404,11 +404,17 @@ func (r *recovery) restore(ctx context.Context) (checkpoint.Restored, error) {
 	if err := checkpoint.PatchSockets(r.loc.dir, r.loc.socks, r.patches); err != nil {
 		return checkpoint.Restored{}, fmt.Errorf("set the clocks of generation %d: %w", r.loc.gen.ID, err)
 	}
+	gone := leftBehind(r.svc, r.loc.socks)
+	giveBack, err := r.lend(gone)
+	if err != nil {
+		return checkpoint.Restored{}, fmt.Errorf("restore generation %d: %w", r.loc.gen.ID, err)
+	}
 	res, err := r.criu.Restore(ctx, checkpoint.RestoreRequest{
 		Dir: r.loc.dir, InitPID: r.capsule.InitPID(),
-		BeforeResume: func(int) error { r.setOptions(checkpoint.BeforeResume); return nil },
+		BeforeResume: func(int) error { r.setOptions(checkpoint.BeforeResume); return r.reset(gone) },
 	})
-	if err != nil {
+	r.clock.t.Resets += len(gone)
+	if err = errors.Join(err, giveBack()); err != nil {
 		return res, fmt.Errorf("restore generation %d: %w", r.loc.gen.ID, err)
 	}
 	r.clock.step("restored", &r.clock.t.RestoreMS, "pid", res.PID, "generation", r.loc.gen.ID)
