@@ -430,6 +430,9 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 
 // caught takes what a segment of the server's says about its connection.
 func (m *Machine) caught(c *conn, s *Segment) {
+	if c.embryonic && s.Flags.Has(RST) && s.Seq != c.serverISN.Add(1) {
+		return // a stray acknowledgement is refused; the handshake stands (RFC 9293, 3.10.7.4)
+	}
 	c.noteCaught(s)
 	if s.Flags.Has(RST) || c.closed() {
 		m.tell(c)

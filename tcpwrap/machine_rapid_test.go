@@ -20,12 +20,16 @@ type pair struct {
 	client *tcptest.Endpoint
 	server *tcptest.Endpoint
 	spoke  int // octets the client was given to send
+	asked  int // SYN-ACKs that went unanswered in the end
 
 	bypassed bool // something went round the machine
 	base     seqnum.Value
 	logged   []mark // records that hold its stream
 	imaged   []mark // generations that do, up to end
 }
+
+// synAckTries is Linux's tcp_synack_retries: then the listener forgets the SYN.
+const synAckTries = 5
 
 // mark says that the record at pos holds a client's stream from start to end.
 type mark struct {
@@ -522,6 +526,10 @@ func (n *network) finish() {
 			if p.server != nil {
 				p.server.Overrun = nil
 				if p.server.State == tcptest.SynReceived { // a SYN-ACK is sent again until it is answered
+					if p.asked++; p.asked > synAckTries {
+						p.server = nil
+						continue
+					}
 					p.server.Handshake()
 				}
 				p.server.Read(1 << 20)
