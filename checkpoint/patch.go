@@ -8,6 +8,8 @@ import (
 
 	tcpstream "github.com/checkpoint-restore/go-criu/v7/crit/images/tcp-stream"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/ftckpt/ftckpt/internal/seqnum"
 )
 
 // SocketPatch is what to change of one connection before it is restored.
@@ -17,7 +19,16 @@ type SocketPatch struct {
 	// section 5): give the last TSval that was sent, plus the time passed, plus
 	// a margin. Ignored where the connection has no timestamps.
 	Timestamp *uint32
+	// WriteSeq gives the server's side other sequence numbers: it is what
+	// Socket.WriteSeq is to be, and all the others move with it.
+	WriteSeq *seqnum.Value
+	// Scales are what the shift counts of the windows are to be (RFC 7323).
+	Scales *Scales
 }
+
+// Scales are the shift counts of a connection's windows: Snd of those that the
+// peer sends, Rcv of one's own.
+type Scales struct{ Snd, Rcv uint8 }
 
 // PatchSockets rewrites the connections of the image in dir for a restore. socks
 // are those that ReadSockets found in it; the keys of patches are Socket.Inode,
@@ -76,6 +87,15 @@ func applyPatch(t *tcpstream.TcpStreamEntry, p SocketPatch) bool {
 	changed := false
 	if p.Timestamp != nil && t.GetOptMask()&OptTimestamps != 0 && t.GetTimestamp() != *p.Timestamp {
 		t.Timestamp = proto.Uint32(*p.Timestamp)
+		changed = true
+	}
+	if p.WriteSeq != nil && t.GetOutqSeq() != uint32(*p.WriteSeq) {
+		t.OutqSeq = proto.Uint32(uint32(*p.WriteSeq))
+		changed = true
+	}
+	if w := p.Scales; w != nil && (t.GetSndWscale() != uint32(w.Snd) || t.GetRcvWscale() != uint32(w.Rcv) || t.GetOptMask()&OptWScale == 0) {
+		t.OptMask = proto.Uint32(t.GetOptMask() | OptWScale)
+		t.SndWscale, t.RcvWscale = proto.Uint32(uint32(w.Snd)), proto.Uint32(uint32(w.Rcv))
 		changed = true
 	}
 	if t.GetOptMask()&OptWScale == 0 {

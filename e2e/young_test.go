@@ -4,20 +4,25 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
 )
 
+// ways are how connections can be made again.
+var ways = []string{"bpf", "translate"}
+
 // Connections that are younger than the newest generation survive as well: ones
 // that are silent, in the middle of a request, busy, and ones that come and go
 // all the time.
 func TestYoungConnections(t *testing.T) {
-	for _, d := range deaths {
-		t.Run(d.name, func(t *testing.T) {
+	for i, d := range slices.Concat(deaths, deaths) {
+		how := ways[i/len(deaths)]
+		t.Run(how+"/"+d.name, func(t *testing.T) {
 			w := newWorld(t)
 			redis := w.startRedis(w.primary)
-			standby := w.startStandby(w.standby, "")
+			standby := w.startStandby(w.standby, "", "--recreate", how)
 			w.protect(redis.PID(), standby.join, "--interval", "1h")
 			old := w.dial()
 			w.checkpoint(w.primary, w.standby)

@@ -30,13 +30,15 @@ type Newborn struct {
 }
 
 // Birth is the wish to have a connection re-created in the restored TCP, with
-// the sequence numbers and clocks it had. It has to be done before the segments
-// of the same Ready are sent.
+// the sequence numbers and clocks it had. It is carried out after the segments
+// of the same Ready are sent, and takes as long as it takes: nothing is injected
+// into the connection, nor behind it in the log's order, before Delivered.
 type Birth struct {
 	Open               stream.ConnOpen
 	Accept             stream.ConnAccept
 	ClientTS, ServerTS uint32
 	Edge               seqnum.Value // right edge of the client's window
+	Again              bool         // it was delivered, but nothing has been heard of the connection
 }
 
 // Newborns are the connections that a recovery from a generation has to
@@ -74,18 +76,20 @@ func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool
 
 // AddNewborns tells the engine, before Start, which connections it has to have
 // re-created. It answers those that it takes: one whose 4-tuple another
-// connection of this recovery has cannot be told from it.
+// connection of this recovery has cannot be told from it, unless that one has
+// ended: it is then re-created when the restored TCP has done with the other.
 func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 	taken = map[stream.ConnID]bool{}
 	for i := range ns {
 		n := &ns[i]
-		if e.conns[n.Open.Tuple] != nil {
+		pred := e.conns[n.Open.Tuple]
+		if pred != nil && !pred.ended {
 			continue
 		}
 		syn, synack := tcpwrap.ParseOptions(n.Open.Options, true), tcpwrap.ParseOptions(n.Accept.Options, true)
 		first := n.Open.ISN.Add(1)
 		l := &line{
-			birth: &Birth{Open: n.Open, Accept: n.Accept, ServerTS: n.TS}, answered: n.Answered, ended: n.Ended,
+			birth: &Birth{Open: n.Open, Accept: n.Accept, ServerTS: n.TS}, answered: n.Answered, ended: n.Ended, pred: pred,
 			injNxt: first, logged: first, kAck: first, kEdge: first.Add(firstCredit),
 			ack: n.Accept.ISN.Add(1), kNxt: n.Accept.ISN.Add(1), kSure: n.Accept.ISN.Add(1), kTS: n.TS,
 		}
@@ -145,23 +149,77 @@ func (e *Engine) opened(id stream.ConnID) {
 	e.order = append(e.order, l)
 }
 
-// bear has the connection re-created.
+// bear has the connection re-created, or what was asked for repeated.
 func (e *Engine) bear(l *line) {
-	l.born = true
+	l.wanted, l.wantedAt = true, time.Time{} // Tick looks at the clock
 	e.touch(l)
-	e.born++
 	b := *l.birth
-	b.ClientTS, b.Edge = l.clientTS, l.edge
+	b.ClientTS, b.Edge, b.Again = l.clientTS, l.edge, l.born
 	e.Births = append(e.Births, b)
+}
+
+// Delivered says that a birth has been done: the restored TCP has the connection,
+// or will have it before anything that is sent from now on. Said twice, it is
+// said once.
+func (e *Engine) Delivered(now time.Time, id stream.ConnID) {
+	l := e.byID[id]
+	if l == nil || !l.wanted || l.born {
+		return
+	}
+	l.born, l.moved, l.grew = true, now, now
+	e.born++
+	e.stats.Born++
+	e.touch(l)
+	e.pump(now)
+}
+
+// again repeats a birth that nothing has come of for a while.
+func (e *Engine) again(now time.Time, l *line) {
+	switch {
+	case l.wantedAt.IsZero():
+		l.wantedAt = now
+	case now.Sub(l.wantedAt) >= stall<<min(l.probes, maxBackoff):
+		l.probes++
+		e.bear(l)
+	}
 }
 
 // Stillborn says that a birth failed for good: the connection is reset and
 // told in the answer.
-func (e *Engine) Stillborn(t stream.FourTuple) {
-	if l := e.conns[t]; l != nil && l.birth != nil {
+func (e *Engine) Stillborn(id stream.ConnID) {
+	if l := e.byID[id]; l != nil && l.birth != nil {
 		e.condemn(l)
 		e.sweep()
 	}
+}
+
+// there is the connection that the restored TCP has at these addresses: the
+// newest that was born.
+func (e *Engine) there(t stream.FourTuple) *line {
+	l := e.conns[t]
+	for l != nil && l.unborn() {
+		if l = l.pred; l != nil && l.gone {
+			l = nil
+		}
+	}
+	return l
+}
+
+// madeWay reports whether the restored TCP has done with a connection that has
+// ended, so that another can have its addresses. Where only the server has closed
+// it, because the client was reset by the old one, it is helped along.
+func (e *Engine) madeWay(l *line) bool {
+	if l == nil || l.gone || l.kReset || l.resetSent {
+		return true
+	}
+	if l.unborn() || len(l.todo) > 0 || l.kAck.Less(l.injNxt) || !l.kFin || l.ack.Less(l.kNxt) {
+		return false
+	}
+	if !l.finLogged {
+		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
+		l.resetSent = true
+	}
+	return true
 }
 
 // answeredNow is called for every packet of the client of an unborn connection

@@ -63,7 +63,7 @@ type Survivor struct {
 // order, Fed at the log's end, and Packet and Tick at any time; when Done, GoLive.
 type Engine struct {
 	Ready  tcpwrap.Ready
-	Births []Birth // to be done before Ready, and then emptied by the caller
+	Births []Birth // to be done after Ready, and then emptied by the caller: see Delivered
 
 	lines  []*line // in the order of the survivors
 	conns  map[stream.FourTuple]*line
@@ -116,6 +116,7 @@ type Stats struct {
 	Resent                    uint64
 	Kept                      uint64 // output the client had not seen, kept for go-live
 	Refused                   uint64 // client packets dropped for want of room
+	Born                      uint64 // connections re-created
 	Condemned                 uint64 // connections reset
 	Divergences               uint64 // connections on which the restored server said something else
 	TakenBytes                uint64 // octets of clients logged while the server was away
@@ -177,8 +178,11 @@ type line struct {
 
 	clientTS   uint32
 	birth      *Birth // of a newborn; nil for what is in the image
+	wanted     bool   // its birth was asked for
+	wantedAt   time.Time
 	born       bool
-	answered   bool // its client has acknowledged the SYN-ACK
+	pred       *line // had the same addresses before, and has ended
+	answered   bool  // its client has acknowledged the SYN-ACK
 	openQueued bool
 	ended      bool // it is over: all its output is swallowed
 
@@ -284,7 +288,7 @@ func (e *Engine) Feed(now time.Time, r stream.Record) {
 
 func (e *Engine) queue(id stream.ConnID, ev event) {
 	l := e.byID[id]
-	if l == nil || l.reset || l.gap != "" || l.unborn() && !l.openQueued {
+	if l == nil || l.reset || l.gap != "" || l.unborn() && !l.openQueued && !l.wanted {
 		return
 	}
 	switch ev.kind {
@@ -355,7 +359,7 @@ func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) 
 	if s.Dir == tcpwrap.Inbound {
 		return e.fromClient(now, id, s)
 	}
-	l := e.conns[s.Tuple]
+	l := e.there(s.Tuple)
 	if l == nil {
 		return e.unknown(id, s)
 	}

@@ -46,10 +46,23 @@ func FuzzEngine(f *testing.F) {
 		e := replay.NewEngine(survivors)
 		e.AddNewborns([]replay.Newborn{{
 			Open: stream.ConnOpen{Conn: 9, Tuple: tupleOf(2), ISN: number()}, Accept: stream.ConnAccept{Conn: 9, ISN: number()}, Answered: octet()&1 == 1, Ended: octet()&7 == 7,
+		}, { // has the addresses of another, which may have ended
+			Open: stream.ConnOpen{Conn: 10, Tuple: tupleOf(int(octet() % 3)), ISN: number()}, Accept: stream.ConnAccept{Conn: 10, ISN: number()}, Answered: octet()&1 == 1,
 		}})
+		now := time.Unix(0, 0)
 		waits := map[tcpwrap.PacketID]bool{}
 		carryOut := func() {
+			births := e.Births
 			e.Births = nil
+			for _, b := range births {
+				switch octet() & 3 {
+				case 0:
+				case 1:
+					e.Stillborn(b.Open.Conn)
+				default:
+					e.Delivered(now, b.Open.Conn)
+				}
+			}
 			for i := range e.Ready.Segments {
 				if ip := tcpwrap.AppendOutgoing(nil, &e.Ready.Segments[i]); len(ip) == 0 {
 					t.Fatalf("a segment that cannot be sent: %+v", e.Ready.Segments[i])
@@ -63,16 +76,12 @@ func FuzzEngine(f *testing.F) {
 			}
 			e.Ready.Reset()
 		}
-		now := time.Unix(0, 0)
 		var id tcpwrap.PacketID
 		live := false
 		e.Start(now)
 		for i := 0; len(b) > 0 && i < 1000; i++ {
 			now = now.Add(time.Duration(octet()) * time.Millisecond)
-			conn := stream.ConnID(1 + octet()%3)
-			if conn == 3 {
-				conn = 9
-			}
+			conn := []stream.ConnID{1, 2, 9, 10}[octet()%4]
 			switch octet() % 12 {
 			case 0, 1, 2:
 				s := tcpwrap.Segment{

@@ -79,7 +79,12 @@ func (e *Engine) drop(l *line) {
 	}
 	l.kept = nil
 	l.gone, e.swept = true, false
-	delete(e.conns, l.cut.Tuple)
+	if e.conns[l.cut.Tuple] == l {
+		delete(e.conns, l.cut.Tuple)
+		if !l.born && l.pred != nil && !l.pred.gone {
+			e.conns[l.cut.Tuple] = l.pred
+		}
+	}
 	delete(e.byID, l.cut.Conn)
 }
 
@@ -149,12 +154,12 @@ func (e *Engine) Joined() []tcpwrap.Cut {
 // GoLive these are the lagging ones alone.
 func (e *Engine) Owns(t stream.FourTuple) bool { return !e.live || e.conns[t] != nil }
 
-// Lagging is the number of connections that the engine still feeds; those that
-// wait for the answer to a SYN-ACK are not among them.
+// Lagging is the number of connections that the engine still feeds, or has
+// made; those that wait for the answer to a SYN-ACK are not among them.
 func (e *Engine) Lagging() int {
 	n := 0
 	for _, l := range e.lines {
-		if !l.unborn() {
+		if !l.unborn() || l.wanted {
 			n++
 		}
 	}

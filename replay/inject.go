@@ -32,16 +32,24 @@ func (e *Engine) pump(now time.Time) {
 // window goes; it answers whether all of it went.
 func (e *Engine) inject(l *line) bool {
 	ev := &l.todo[0]
+	if l.unborn() && ev.kind != evOpen {
+		return false
+	}
 	switch ev.kind {
 	case evHeard:
 		if l.unasked() {
 			return false
 		}
 	case evOpen:
-		if e.born-e.settledIn >= maxBirths {
+		if !l.wanted {
+			if e.born-e.settledIn >= maxBirths || !e.madeWay(l.pred) {
+				return false
+			}
+			e.bear(l)
+		}
+		if !l.born {
 			return false
 		}
-		e.bear(l)
 	case evReset:
 		if l.kAck.Less(l.injNxt) { // only at the very octet it expects does TCP take a reset
 			return false
@@ -183,6 +191,10 @@ func (e *Engine) Tick(now time.Time) {
 			e.condemn(l)
 			continue
 		}
+		if l.wanted && !l.born {
+			e.again(now, l)
+			continue
+		}
 		turn := l.lagging || len(e.order) > 0 && e.order[0] == l // else nothing new of it may go yet
 		if (len(l.sent) > 0 || len(l.todo) > 0 && turn) && now.Sub(l.moved) >= stall<<min(l.probes, maxBackoff) {
 			l.moved = now
@@ -209,8 +221,10 @@ func (e *Engine) lag(l *line) {
 
 // probe asks the restored TCP where it stands.
 func (e *Engine) probe(l *line) {
-	if l.birth != nil && l.born && !l.kSeen { // its making may have been lost
-		e.bear(l)
+	if l.wanted && !l.kSeen { // its making may have been lost
+		if e.bear(l); !l.born {
+			return
+		}
 	}
 	if len(l.sent) > 0 {
 		l.asked = true // acked repeats what the answer says is missing

@@ -185,12 +185,19 @@ func (w *world) carryOut() {
 		w.perform(&w.machine.Ready, false)
 	}
 	if w.engine != nil {
-		births := w.engine.Births
-		w.engine.Births = nil
-		for _, b := range births {
-			w.bear(b)
+		for {
+			w.perform(&w.engine.Ready, true)
+			births := w.engine.Births
+			w.engine.Births = nil
+			if len(births) == 0 {
+				break
+			}
+			for _, b := range births {
+				if w.bear(b); !w.chance(3) { // else it asks again
+					w.engine.Delivered(w.now, b.Open.Conn)
+				}
+			}
 		}
-		w.perform(&w.engine.Ready, true)
 	}
 }
 

@@ -258,7 +258,7 @@ func (t *Translator) packet(p *Packet) (swallowed bool, then func()) {
 			return true, then
 		}
 	}
-	if flags.Has(RST) && t.births[tuple] != nil && t.tcp[tuple] == nil {
+	if b := t.births[tuple]; b != nil && flags.Has(RST|ACK) && b.r.refuses(p) {
 		return true, nil // no such listener yet; whoever asked asks again
 	}
 	if e := t.tcp[tuple]; e != nil {
@@ -272,6 +272,12 @@ func (t *Translator) packet(p *Packet) (swallowed bool, then func()) {
 		p.Data = b // good until the next Recv at least: only that takes spare buffers
 	}
 	return false, nil
+}
+
+// refuses reports whether an outbound packet is the reset that answers SYN.
+func (r *Rebirth) refuses(p *Packet) bool {
+	var s Segment
+	return ParseSegment(p.Data, Outbound, &s) == nil && s.Flags.Has(RST|ACK) && s.Seq == 0 && s.Ack == r.ClientISN.Add(1)
 }
 
 // answered takes a SYN-ACK of TCP's.

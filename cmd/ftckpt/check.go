@@ -10,6 +10,7 @@ import (
 	"github.com/ftckpt/ftckpt/checkpoint/check"
 	"github.com/ftckpt/ftckpt/internal/config"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
+	"github.com/ftckpt/ftckpt/replay/reqsk"
 )
 
 // checkReport is what --json prints.
@@ -37,7 +38,7 @@ Exit status 4 when something is in the way.`,
 			if a.origins.IsSet("pid") && pid < 1 {
 				return a.origins.Explain(&config.SettingError{Key: "pid", Err: fmt.Errorf("%d is not a process", pid)})
 			}
-			r := checkReport{Requirements: check.Host(cmd.Context(), check.Options{StateDir: a.common.StateDir})}
+			r := checkReport{Requirements: append(check.Host(cmd.Context(), check.Options{StateDir: a.common.StateDir}), recreation())}
 			if err := cmd.Context().Err(); err != nil {
 				return fmt.Errorf("check this host: %w", err)
 			}
@@ -60,6 +61,20 @@ Exit status 4 when something is in the way.`,
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
 	cmd.Flags().IntVar(&pid, "pid", 0, "look at process `N`, too")
 	return cmd
+}
+
+// recreation says whether young connections can be made again with their old
+// numbers. Where they cannot, a standby translates them.
+func recreation() check.Requirement {
+	r := check.Requirement{Name: "re-creation by BPF", Optional: true, State: check.Works}
+	if s, err := reqsk.Probe(); err != nil {
+		r.State, r.Detail = check.Unknown, err.Error()
+		if s == reqsk.No {
+			r.State = check.Missing
+		}
+		r.Remedy = "nothing: a standby translates the numbers of connections that are younger than the newest generation instead; a kernel of 6.9 or newer spares it that"
+	}
+	return r
 }
 
 func (r *checkReport) inspect(pid int) {

@@ -176,6 +176,12 @@ func writeStatus(w io.Writer, s control.Status) {
 	if s.QueueDrops != 0 || s.Divergences != 0 {
 		row("trouble", "%d packets dropped by a full queue, %d divergences", s.QueueDrops, s.Divergences)
 	}
+	if s.Recreate != "" {
+		row("re-creation", "%s, of connections younger than the generation", s.Recreate)
+	}
+	if s.Translated != 0 {
+		row("translated", "%d connections", s.Translated)
+	}
 	for _, b := range s.Standbys {
 		row("standby", "%s, %s, generation %d, %d records behind, heard of %s ago", b.Node, orDash(b.Mode), b.Generation, b.LagRecords, micros(b.SeenUS))
 	}

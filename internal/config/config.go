@@ -54,6 +54,9 @@ const (
 	OnCrashFailover  = "failover"
 	ModeCold         = "cold"
 	ModeWarm         = "warm"
+	RecreateAuto     = "auto"
+	RecreateBPF      = "bpf"
+	RecreateNumbers  = "translate"
 	SyncAlways       = "always"
 	SyncInterval     = "interval"
 	FaultProcess     = "process"
@@ -102,12 +105,15 @@ type Protect struct {
 // Standby are the settings of ftckpt standby.
 type Standby struct {
 	Common
-	Name   string        // of the service
-	Dev    string        // interface to put the VIP on
-	Join   string        // what a logserver or another standby printed; "" when Log says where the log is
-	Log    string        // nats://, tls:// or embed:// URL; "" when Join is set
-	Mode   string        // ModeCold or ModeWarm
-	Detect time.Duration // silence after which the primary is suspected
+	Name string // of the service
+	Dev  string // interface to put the VIP on
+	Join string // what a logserver or another standby printed; "" when Log says where the log is
+	Log  string // nats://, tls:// or embed:// URL; "" when Join is set
+	Mode string // ModeCold or ModeWarm
+	// Recreate is how connections that are younger than the newest generation are
+	// made again: RecreateAuto, RecreateBPF or RecreateNumbers.
+	Recreate string
+	Detect   time.Duration // silence after which the primary is suspected
 }
 
 // LogServer are the settings of ftckpt logserver.

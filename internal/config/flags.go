@@ -55,6 +55,9 @@ func (s *Standby) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&s.Log, "log", DefaultEmbed, "log at this `URL` (nats://, tls://), or in this process (embed://ADDR:PORT)")
 	s.Mode = ModeWarm
 	fs.Var(&choice{dst: &s.Mode, now: []string{ModeCold, ModeWarm}, later: []string{"hot"}}, "mode", "`cold|warm`: newest image left in the log, or kept here and ready")
+	s.Recreate = RecreateAuto
+	fs.Var(&choice{dst: &s.Recreate, now: []string{RecreateAuto, RecreateBPF, RecreateNumbers}}, "recreate",
+		"how connections younger than the newest generation are made again: `auto|bpf|translate`, with their old numbers by BPF (Linux 6.9), or by translating new ones; auto takes the first that works")
 	fs.DurationVar(&s.Detect, "detect", DefaultDetect, "suspect the primary after this `TIME` of silence")
 }
 

@@ -64,6 +64,12 @@ type Status struct {
 	QueueDrops  uint64     `json:"queue_drops"`
 	Divergences uint64     `json:"divergences"`
 
+	// Recreate is how a takeover by this node makes connections again that are
+	// younger than the newest generation: "bpf", "translate", or "none", which
+	// resets them; empty where the daemon cannot take over.
+	Recreate   string `json:"recreate,omitempty"`
+	Translated int    `json:"translated"` // connections whose numbers are translated here
+
 	Standbys  []Standby `json:"standbys"`
 	Takeovers int       `json:"takeovers"`
 	Takeover  *Takeover `json:"takeover,omitempty"` // the last one, when there was one

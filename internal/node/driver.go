@@ -27,7 +27,7 @@ const (
 // machine's Ready says, in the order Ready asks for.
 type driver struct {
 	log *slog.Logger
-	dp  tcpwrap.Datapath
+	dp  *tcpwrap.Translator
 
 	mu      sync.Mutex
 	machine *tcpwrap.Machine // nil until the connections are live here
@@ -51,8 +51,14 @@ type driver struct {
 	done sync.WaitGroup
 }
 
-func newDriver(dp tcpwrap.Datapath, log *slog.Logger) *driver {
-	return &driver{log: log, dp: dp, stop: make(chan struct{}), failed: func(error) {}, dying: func() bool { return false }}
+// newDriver makes a driver; t remembers which connections are translated, and is
+// nil where none ever are.
+func newDriver(dp tcpwrap.Datapath, t *translations, log *slog.Logger) *driver {
+	var changed func(*tcpwrap.Translated, bool)
+	if t != nil {
+		changed = t.changed
+	}
+	return &driver{log: log, dp: tcpwrap.NewTranslator(dp, changed), stop: make(chan struct{}), failed: func(error) {}, dying: func() bool { return false }}
 }
 
 // start begins to move packets. Nothing passes before there is a machine or an
@@ -153,12 +159,15 @@ func (d *driver) carryOut() {
 		d.perform(&d.machine.Ready)
 	}
 	if d.engine != nil {
-		for i := range d.engine.Births {
-			d.bear(&d.engine.Births[i])
-		}
-		clear(d.engine.Births)
-		d.engine.Births = d.engine.Births[:0]
 		d.perform(&d.engine.Ready)
+		for len(d.engine.Births) > 0 { // what is born at once has the next ones in its wake
+			births := d.engine.Births
+			d.engine.Births = nil
+			for i := range births {
+				d.bear(&births[i])
+			}
+			d.perform(&d.engine.Ready)
+		}
 	}
 }
 

@@ -47,6 +47,9 @@ type south struct {
 	// Dialling are connections that the server had begun to open: the image has
 	// their sockets, the log their answers, if any.
 	Dialling []stream.ConnID `json:"dialling,omitempty"`
+	// Translated says how the numbers of connections that were made again here, in
+	// the image, differ from those that their clients know.
+	Translated map[stream.ConnID]tcpwrap.Translation `json:"translated,omitempty"`
 	// Service is the Hello of the epoch, which the log's collection does not keep.
 	Service json.RawMessage `json:"service"`
 }
@@ -58,6 +61,11 @@ func parseSouth(b []byte) (south, error) {
 	}
 	if s.AgeMS < 0 || s.AgeMS > int64(24*time.Hour/time.Millisecond) {
 		return s, fmt.Errorf("read the wrappers' part of the manifest: age %d ms", s.AgeMS)
+	}
+	for id, t := range s.Translated {
+		if err := checkTranslation(t); err != nil {
+			return s, fmt.Errorf("read the wrappers' part of the manifest: connection %d: %w", id, err)
+		}
 	}
 	return s, nil
 }
@@ -91,6 +99,7 @@ func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult,
 		return res, fmt.Errorf("make room for generation %d: %w", id, err)
 	}
 	p.awaitLaggards(ctx)
+	p.sweepTranslated()
 	defer func() {
 		if err := os.RemoveAll(dir); err != nil {
 			p.log.Warn("remove an image", "err", err)
@@ -169,7 +178,8 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 		if err == nil {
 			var missing []tcpwrap.Missing
 			var from stream.Position
-			m.Conns, m.From, missing = adopt(p.drv.machine, p.svc, socks, m.Cut)
+			m.Conns, m.From, missing = adopt(p.drv.machine, p.svc, socks, m.Cut, p.drv.dp.Get)
+			sth.Translated = translatedOf(m.Conns, p.drv.dp.Get)
 			if sth.Unaccepted, from, err = unaccepted(p.where.netns, p.svc, missing); from != 0 {
 				m.From = min(m.From, from)
 			}
@@ -203,14 +213,19 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 	return m, nil
 }
 
-// adopt tells the machine where the image's connections stand.
-func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream.Position) (conns []checkpoint.ConnCut, from stream.Position, missing []tcpwrap.Missing) {
+// adopt tells the machine where the image's connections stand. What the manifest
+// says of them is as in the image; the machine speaks the clients' numbers.
+func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream.Position, translated func(stream.FourTuple) (tcpwrap.Translation, bool)) (conns []checkpoint.ConnCut, from stream.Position, missing []tcpwrap.Missing) {
 	var cuts []tcpwrap.Cut
 	byTuple := map[stream.FourTuple]checkpoint.Socket{}
 	for _, s := range socks {
 		if carried(svc, s) {
-			cuts = append(cuts, cutOf(svc, s))
-			byTuple[s.Tuple] = s
+			c := cutOf(svc, s)
+			if t, yes := translated(s.Tuple); yes {
+				c = t.Cut(c)
+			}
+			cuts = append(cuts, c)
+			byTuple[c.Tuple] = s
 		}
 	}
 	adopted, from := m.Adopt(cuts)

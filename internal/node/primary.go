@@ -51,7 +51,9 @@ type primary struct {
 	url   string // of the log, for people
 
 	hasher checkpoint.Hasher
-	server *stream.Server // embedded log, nil when it is elsewhere
+
+	translated *translations  // of the capsule; nil outside of one
+	server     *stream.Server // embedded log, nil when it is elsewhere
 
 	nextConn  stream.ConnID   // identity of this epoch's first new connection
 	lastID    uint64          // number of the newest generation, whoever took it

@@ -223,7 +223,8 @@ func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch, prev stre
 		return exitcode.Wrap(exitcode.Unsuitable, err)
 	}
 	p.rules.Queue = number
-	p.drv = newDriver(q, p.log)
+	p.drv = newDriver(q, p.translated, p.log)
+	p.translated.putInto(p.drv.dp)
 	p.drv.dying, p.drv.failed = watch.Dying, p.end
 	p.w.OnStable(p.drv.stable)
 	m := tcpwrap.NewMachine(p.w.Next(), p.nextConn, tcpwrap.DefaultLimits())

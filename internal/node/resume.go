@@ -73,7 +73,7 @@ func (s *standby) resume(ctx context.Context, r *resident) error {
 	s.log.Info("the service lives in this host's capsule: protecting it again", "pid", r.pid)
 	svc, owner, err := s.inherited(ctx)
 	if err != nil {
-		s.capsule.Release()
+		s.release()
 		return err
 	}
 	if owner.Node != s.node {
@@ -89,7 +89,7 @@ func (s *standby) resume(ctx context.Context, r *resident) error {
 		log: s.log, out: s.out, node: s.node, svc: svc, where: inCapsule(r.pid, s.capsule),
 		lg: s.lg, store: s.store, url: s.url, criu: s.criu, server: s.srv,
 		rules:  capsuleRules(s.cfg, svc, s.capsule),
-		exited: watch.Exited(), life: watch.Life,
+		exited: watch.Exited(), life: watch.Life, translated: s.translated,
 	})
 	if p.dir, err = imageDir(s.cfg.Common, s.cfg.Name+"-primary"); err != nil {
 		return err
@@ -99,7 +99,7 @@ func (s *standby) resume(ctx context.Context, r *resident) error {
 		err = p.claim(ctx, watch, prev)
 	}
 	if err != nil {
-		s.capsule.Release()
+		s.release()
 		return err
 	}
 	return s.reign(ctx, p)
@@ -116,6 +116,12 @@ func (s *standby) inherited(ctx context.Context) (svc service, owner stream.Fenc
 	}
 	svc, err = l.south.service()
 	return svc, owner, err
+}
+
+// release lets the capsule outlive this agent, with the server inside.
+func (s *standby) release() {
+	s.capsule.Release()
+	s.leaves = true
 }
 
 func inCapsule(pid int, c *capsule.Capsule) place {

@@ -47,17 +47,20 @@ type standby struct {
 
 	capsule  *capsule.Capsule
 	recreate *reqsk.Recreator // nil where the kernel cannot
+	way      way              // set once; with mu held: status reads it
 	images   string           // directory
 
-	mu       sync.Mutex
-	ledger   *replay.Ledger
-	local    local           // newest generation whose image is on this host
-	anew     stream.Position // where the newest server began that no earlier generation leads to
-	before   local           // the one before it
-	fetchErr error
-	judge    *roles.Judge
-	primary  *primary // after the takeover
-	taking   bool
+	translated *translations // of the capsule's connections
+	leaves     bool          // the capsule outlives us
+	mu         sync.Mutex
+	ledger     *replay.Ledger
+	local      local           // newest generation whose image is on this host
+	anew       stream.Position // where the newest server began that no earlier generation leads to
+	before     local           // the one before it
+	fetchErr   error
+	judge      *roles.Judge
+	primary    *primary // after the takeover
+	taking     bool
 
 	news   chan struct{} // a new generation is in the log
 	change chan struct{} // the ledger moved
@@ -118,6 +121,23 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		return err
 	}
 	defer func() { _ = s.capsule.Close() }()
+	open := newTranslations
+	if left != nil {
+		open = openTranslations
+	}
+	if s.translated, err = open(cfg, log); err != nil {
+		if left != nil {
+			s.release()
+		}
+		return exitcode.Wrap(exitcode.Failed, err)
+	}
+	defer func() {
+		if s.leaves {
+			s.translated.close()
+		} else {
+			s.translated.remove()
+		}
+	}()
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -120,7 +120,7 @@ func (p *primary) Status() control.Status {
 			LagRecords: uint64(records), LagBytes: uint64(bytes), State: control.LogOK,
 		},
 		Held:       control.Held{Packets: m.Holding + m.Waiting, P50US: m.HeldP50.Microseconds(), P99US: m.HeldP99.Microseconds()},
-		QueueDrops: p.drv.dp.Drops(), Standbys: standbys, Takeovers: p.takes, Takeover: p.takeover, Divergences: p.divergences,
+		QueueDrops: p.drv.dp.Drops(), Translated: p.drv.dp.Len(), Standbys: standbys, Takeovers: p.takes, Takeover: p.takeover, Divergences: p.divergences,
 	}
 	if p.gen.gen.ID != 0 {
 		s.Generation = control.Generation{
@@ -189,6 +189,7 @@ func (s *standby) Status() control.Status {
 		Connections: s.ledger.Live(),
 		Log:         control.Log{URL: s.url, Durability: control.DurableProcess, Stable: uint64(s.ledger.Last), State: control.LogOK},
 	}
+	st.Recreate = string(s.way)
 	if s.taking {
 		st.Role = control.RoleTakingOver
 	}

@@ -125,7 +125,7 @@ func (s *standby) reign(ctx context.Context, p *primary) error {
 	s.mu.Unlock()
 	err := p.run(ctx)
 	if p.spared {
-		s.capsule.Release() // it outlives us, with the server inside
+		s.release()
 	}
 	_ = os.RemoveAll(p.dir)
 	return err
@@ -145,6 +145,8 @@ type recovery struct {
 	patches map[uint32]checkpoint.SocketPatch // of the image, before it is restored
 	engine  *replay.Engine
 	carries map[stream.ConnID]bool // connections that the image has or the engine re-creates
+	newborn []stream.FourTuple     // those that are re-created
+	planned time.Time              // when their clocks were set
 	gone    []replay.Condemned
 	drv     *driver
 	rules   *tcpwrap.Rules
@@ -311,6 +313,10 @@ func (r *recovery) plan() error {
 		if !ok || !carried(r.svc, k) {
 			continue
 		}
+		var patch checkpoint.SocketPatch
+		if t, yes := sth.Translated[id]; yes {
+			k = patchTranslated(k, t, &patch)
+		}
 		sv := replay.Survivor{Cut: cutOf(r.svc, k)}
 		sv.Cut.Conn = id
 		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
@@ -330,12 +336,14 @@ func (r *recovery) plan() error {
 			// microseconds from now on (Linux 6.7, TCP_TIMESTAMP in repair mode).
 			ts = (ts+clockMargin)&^1 | k.Timestamp&1
 			sv.TS = ts
-			r.patches[k.Inode] = checkpoint.SocketPatch{Timestamp: &ts}
+			patch.Timestamp = &ts
 		}
+		r.patches[k.Inode] = patch
 		survivors = append(survivors, sv)
 	}
 	var newborns []replay.Newborn
-	if r.recreate != nil {
+	r.planned = now
+	if r.way != wayNone {
 		waited := map[stream.ConnID]bool{}
 		for _, id := range sth.Unaccepted {
 			waited[id] = true
@@ -347,6 +355,9 @@ func (r *recovery) plan() error {
 	r.mu.Unlock()
 	r.engine = replay.NewEngine(survivors)
 	r.carries = r.engine.AddNewborns(newborns)
+	for _, n := range newborns {
+		r.newborn = append(r.newborn, n.Open.Tuple)
+	}
 	for _, c := range m.Conns {
 		r.carries[c.Conn] = true
 	}
@@ -366,9 +377,10 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 		return err
 	}
 	r.rules.Queue = number
-	r.drv = newDriver(q, r.log)
+	r.drv = newDriver(q, r.translated, r.log)
 	r.drv.engine, r.drv.bear, r.drv.writer, r.drv.failed = r.engine, r.bear, r.w, r.end
 	r.w.OnStable(r.drv.stable)
+	r.drv.dp.Expect(r.newborn) // their clients' packets may wait here before TCP has them
 	if err := r.rules.InstallAlone(); err != nil {
 		_ = q.Close()
 		return fmt.Errorf("install packet rules in the capsule: %w", err)
@@ -534,6 +546,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		exited: watch.Exited(), life: watch.Life,
 		gen: began, kept: []taken{began},
 		takes: 1, server: r.srv, lastID: r.ledger.Gen.ID, first: r.first,
+		translated: r.translated,
 	})
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
 		return nil, err
@@ -572,6 +585,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 			}
 		}
 	})
+	r.drv.dp.Expect(nil)
 	r.clock.t.Connections, r.clock.t.Resets = live, r.clock.t.Resets+len(orphans)
 	r.clock.t.TotalMS = float64(time.Since(r.clock.start).Microseconds()) / 1000
 	r.log.Info("live", "event", "live", "ms", r.clock.t.TotalMS, "connections", live, "resets", r.clock.t.Resets, "epoch", r.w.Epoch())

@@ -72,12 +72,15 @@ func (n *node) carryOut() {
 		n.perform(&n.machine.Ready)
 	}
 	if n.engine != nil {
-		births := n.engine.Births
-		n.engine.Births = nil
-		for i := range births {
-			n.bear(&births[i])
-		}
 		n.perform(&n.engine.Ready)
+		for len(n.engine.Births) > 0 {
+			births := n.engine.Births
+			n.engine.Births = nil
+			for i := range births {
+				n.bear(&births[i])
+			}
+			n.perform(&n.engine.Ready)
+		}
 	}
 }
 
@@ -206,7 +209,11 @@ func (n *node) speak(h *served) {
 
 // bear re-creates a connection, as replay/reqsk does.
 func (n *node) bear(b *replay.Birth) {
-	if h := n.tcp[b.Open.Tuple]; h != nil || !n.serving {
+	if !n.serving {
+		return
+	}
+	n.engine.Delivered(n.w.now, b.Open.Conn)
+	if n.tcp[b.Open.Tuple] != nil {
 		return
 	}
 	name := int(b.Open.Tuple.Client.Port()) - firstPort

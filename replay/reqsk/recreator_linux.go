@@ -28,6 +28,8 @@ var (
 	ErrNoListener = errors.New("nobody listens there")
 	// ErrTaken says that there is a socket with these addresses already.
 	ErrTaken = errors.New("another socket has these addresses")
+	// ErrRefused says that the kernel does not make it; an MPTCP listener's never.
+	ErrRefused = errors.New("refused by the kernel (is the listener MPTCP?)")
 )
 
 // The states of conn_want, as in reqsk.bpf.c.
@@ -192,7 +194,7 @@ func (r *Recreator) Forget(t stream.FourTuple) error {
 
 // Result tells what the last ACK came to: nil when TCP has been told to make
 // the connection (see State), an error that wraps ErrWaiting, ErrUnwanted,
-// ErrNoListener or ErrTaken, or else one that wraps the kernel's. After the last
+// ErrNoListener or ErrTaken, or else ErrRefused and the kernel's own. After the last
 // three the ACK was dropped, so that TCP sent no reset for it, and it may be sent
 // again.
 func (r *Recreator) Result(t stream.FourTuple) error {
@@ -212,7 +214,7 @@ func (r *Recreator) Result(t stream.FourTuple) error {
 	case w.State == stTaken:
 		err = fmt.Errorf("%w (%v)", ErrTaken, tcpwrap.TCPState(w.Detail))
 	default:
-		err = fmt.Errorf("refused by the kernel (is the listener MPTCP?): %w", unix.Errno(-w.Detail))
+		err = fmt.Errorf("%w: %w", ErrRefused, unix.Errno(-w.Detail))
 	}
 	return fmt.Errorf("re-create %v: %w", t, err)
 }
