@@ -222,6 +222,15 @@ func (e *Engine) madeWay(l *line) bool {
 	return true
 }
 
+// Lost says that TCP could not be given a connection of the generation: it is
+// reset.
+func (e *Engine) Lost(t stream.FourTuple) {
+	if l := e.conns[t]; l != nil {
+		e.condemn(l)
+		e.sweep()
+	}
+}
+
 // answeredNow is called for every packet of the client of an unborn connection
 // that waits for the answer to its SYN-ACK. It reports whether the packet ends
 // the wait for nothing: a client that begins anew never got the SYN-ACK. The same

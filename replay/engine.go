@@ -25,6 +25,9 @@ const (
 	// patience is how long a connection that lags after go-live may be silent
 	// where the old server spoke; then it is taken for one that went another way.
 	patience = 30 * time.Second
+	// endedPatience is how long after go-live the server may be silent on a
+	// connection that has ended without ending it as well.
+	endedPatience = 5 * time.Second
 	// maxBirths is how many connections may be made before the server has been
 	// idle, that is, has accepted them: an accept queue that is full drops them
 	// without a word.
@@ -52,6 +55,10 @@ type Survivor struct {
 
 	Digests []stream.OutDigest // the newest in the log, oldest first
 	Logged  Instream           // what the log has of its client
+	// Closing says that the server had closed it before the generation: its TCP
+	// has been made again from Cut, in the state after the server's FIN. A FIN of
+	// the client's is fed to it like any other.
+	Closing bool
 }
 
 // Engine rolls restored connections forward: it plays the client to the
@@ -195,12 +202,14 @@ type line struct {
 	lagging bool // no longer holds the others up
 	unsure  bool // in Engine.unsure
 	gone    bool // dropped
-	moved   time.Time
-	grew    time.Time // when it last made progress, probes apart
-	probes  int
-	asked   bool // a probe waits for its answer
-	kept    []tcpwrap.PacketID
-	keptEnd seqnum.Value // end of what is kept
+
+	clientFin bool // the client's FIN is in the cut, and TCP has to be given it
+	moved     time.Time
+	grew      time.Time // when it last made progress, probes apart
+	probes    int
+	asked     bool // a probe waits for its answer
+	kept      []tcpwrap.PacketID
+	keptEnd   seqnum.Value // end of what is kept
 }
 
 // NewEngine begins a roll-forward.
@@ -209,6 +218,10 @@ func NewEngine(survivors []Survivor) *Engine {
 	for i := range survivors {
 		s := &survivors[i]
 		c := s.Cut
+		fin := s.Closing && c.ClientFin
+		if fin {
+			c.RcvNxt, c.ClientFin = c.RcvNxt.Sub(1), false
+		}
 		l := &line{
 			cut: c, injNxt: c.RcvNxt, logged: c.RcvNxt, finLogged: c.ClientFin,
 			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd),
@@ -226,6 +239,10 @@ func NewEngine(survivors []Survivor) *Engine {
 		}
 		if !c.Dialled { // a peer's answers have their place behind what they answer
 			l.leave(s.Logged, c.ClientFin, offered)
+		}
+		if l.clientFin = fin; fin && l.left != nil { // the log need not have it any more
+			l.left.nxt, l.left.fin = c.RcvNxt.Add(1), true
+			l.left.stable = l.left.nxt
 		}
 		e.add(l)
 	}
@@ -265,7 +282,11 @@ func (e *Engine) Start(now time.Time) {
 		if l.birth == nil {
 			e.acknowledge(l)
 		}
+		if l.clientFin {
+			e.queue(l.cut.Conn, event{evFin, l.logged, nil})
+		}
 	}
+	e.pump(now)
 }
 
 // Feed takes the log's next record. Records of connections that are not

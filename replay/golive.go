@@ -60,12 +60,14 @@ func (e *Engine) doom(l *line, why string) {
 // every place that can be: were it left alive, and the client's reset lost, the
 // client would take what it says for the truth.
 func (e *Engine) condemn(l *line) {
-	e.stats.Condemned++
 	e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
 	for i := range l.sent {
 		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.sent[i].end(), nil)
 	}
-	e.Ready.Send(tcpwrap.Outgoing{Tuple: l.cut.Tuple, Seq: l.ack, Ack: l.logged, Flags: tcpwrap.RST | tcpwrap.ACK})
+	if !l.ended {
+		e.stats.Condemned++
+		e.Ready.Send(tcpwrap.Outgoing{Tuple: l.cut.Tuple, Seq: l.ack, Ack: l.logged, Flags: tcpwrap.RST | tcpwrap.ACK})
+	}
 	e.drop(l)
 }
 
@@ -114,7 +116,7 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 			e.Ready.Decide(id, tcpwrap.Accept)
 		}
 		l.kept = nil
-		if !l.caughtUp() || l.unborn() {
+		if !l.caughtUp() || l.unborn() || l.ended && !l.finished() {
 			e.lag(l)
 		}
 	}
@@ -134,8 +136,8 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 func (e *Engine) Joined() []tcpwrap.Cut {
 	var cuts []tcpwrap.Cut
 	for _, l := range e.lines {
-		if !e.live || !l.caughtUp() || l.unborn() {
-			continue
+		if !e.live || !l.caughtUp() || l.unborn() || l.ended && !l.finished() {
+			continue // what the server still says on one that has ended, nobody may hear
 		}
 		if !l.over() {
 			e.nudge(l)

@@ -195,6 +195,10 @@ func (e *Engine) Tick(now time.Time) {
 			e.again(now, l)
 			continue
 		}
+		if e.live && l.ended && now.Sub(l.grew) >= endedPatience && !l.finished() {
+			e.condemn(l) // the restored server has gone another way, and nobody is there to care
+			continue
+		}
 		turn := l.lagging || len(e.order) > 0 && e.order[0] == l // else nothing new of it may go yet
 		if (len(l.sent) > 0 || len(l.todo) > 0 && turn) && now.Sub(l.moved) >= stall<<min(l.probes, maxBackoff) {
 			l.moved = now
@@ -289,5 +293,11 @@ func (l *line) unasked() bool {
 
 // over reports whether the connection has ended in both directions.
 func (l *line) over() bool {
-	return l.kReset || l.resetSent || l.ended || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
+	return l.ended || l.finished()
+}
+
+// finished reports whether the restored TCP has nothing left to say to the
+// client: both FINs are acknowledged, or there was a reset.
+func (l *line) finished() bool {
+	return l.kReset || l.resetSent || l.gap != "" || l.finLogged && l.logged.LessEq(l.kAck) && l.kFin && l.kNxt.LessEq(l.ack)
 }

@@ -113,6 +113,19 @@ func newConn(id stream.ConnID, c Cut) *conn {
 	return n
 }
 
+// here is where the connection stands.
+func (c *conn) here() Cut {
+	k := Cut{
+		Conn: c.id, Tuple: c.tuple, RcvNxt: c.in.nxt, SndUna: c.clientAck, SndNxt: c.sentNxt,
+		SndWScale: c.sndWScale, RcvWScale: c.rcvWScale, HasTS: c.hasTS, ClientTS: c.clientTS, ServerTS: c.serverTS,
+		ClientFin: c.in.fin, ServerFin: c.serverFin, Open: c.openPos, Dialled: c.dialled, RcvEdge: c.serverEdge,
+	}
+	if c.clientAck.Less(c.clientEdge) {
+		k.SndWnd = c.clientAck.To(c.clientEdge)
+	}
+	return k
+}
+
 // discards reports whether the server's TCP is sure to discard an inbound
 // segment that is neither SYN nor RST, so that nothing in it may be believed or
 // logged: one without an acknowledgement, one that acknowledges what was never

@@ -96,7 +96,7 @@ func (m *Machine) Dialling(there func(stream.FourTuple) bool) []Missing {
 	var out []Missing
 	for t, d := range m.dials {
 		if there(t) {
-			out = append(out, Missing{d.id, t, d.pos})
+			out = append(out, Missing{Conn: d.id, Tuple: t, Open: d.pos})
 		} else {
 			m.giveUp(d)
 		}

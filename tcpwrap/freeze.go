@@ -125,13 +125,18 @@ func (m *Machine) unblock() {
 type Missing struct {
 	Conn  stream.ConnID
 	Tuple stream.FourTuple
-	Open  stream.Position // its open record
+	Open  stream.Position // its open record, 0 when its handshake is not in the log
+
+	Embryonic bool // its client has not answered the SYN-ACK
+	// Closing says that the server's FIN has been sent and all before it been
+	// acknowledged: Cut is all there is to know of it.
+	Closing bool
+	Cut     Cut
 }
 
-// Missing are the connections, of those whose handshake is logged, that are not
-// among adopted. The server has closed them, or it has not accepted them yet:
-// TCP can tell, the machine cannot. A recovery has to re-create the latter, and
-// needs their records from Open on.
+// Missing are the connections that are not among adopted. The server has closed
+// them, or it has not accepted them yet: TCP can tell, the machine cannot. A
+// recovery has to re-create the latter, and needs their records from Open on.
 func (m *Machine) Missing(adopted []Cut) []Missing {
 	there := make(map[stream.ConnID]bool, len(adopted))
 	for i := range adopted {
@@ -139,11 +144,23 @@ func (m *Machine) Missing(adopted []Cut) []Missing {
 	}
 	var out []Missing
 	for t, c := range m.conns {
-		if c.openPos != 0 && !there[c.id] {
-			out = append(out, Missing{c.id, t, c.openPos})
+		if !there[c.id] {
+			out = append(out, Missing{
+				Conn: c.id, Tuple: t, Open: c.openPos, Embryonic: c.embryonic,
+				Closing: c.serverFin && c.serverFinAt.LessEq(c.clientAck), Cut: c.here(),
+			})
 		}
 	}
 	return out
+}
+
+// Gone tells the machine that TCP has no such connection any more: it has given
+// up, or was reset unseen.
+func (m *Machine) Gone(t stream.FourTuple) {
+	if c := m.conns[t]; c != nil {
+		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})
+		m.forget(c)
+	}
 }
 
 // WantGeneration reports that connections wait for a generation before they

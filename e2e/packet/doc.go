@@ -10,7 +10,7 @@
 // client's SYN is 0 and its first octet 1, and so are the server's.
 //
 //	conn B               go on with connection B (the first is A); each has a port of its own
-//	renew                the same port, with nothing known: the next SYN is another connection's
+//	renew                the same port, with nothing known: the next SYN is another connection's, with a later ISN
 //	open [<OPTIONS>]     the three segments of a handshake
 //	< FLAGS ...          send one segment
 //	<< FLAGS ...         the same, and again every 200 ms until it is acknowledged

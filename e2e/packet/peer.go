@@ -27,6 +27,7 @@ type peer struct {
 	trace []string
 	wrong string // how the server's side broke TCP, if it did
 
+	begins         int          // connections there have been
 	isn            seqnum.Value // ours
 	risn           seqnum.Value // the server's, when known
 	known          bool
@@ -74,12 +75,17 @@ func (p *peer) reset() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.seen, p.wrong = nil, ""
-	p.isn = seqnum.Value(rand.Uint32())
+	if p.begins++; p.begins == 1 {
+		p.isn = seqnum.Value(rand.Uint32())
+		p.clientTSOffset = rand.Uint32() >> 1
+	} else { // ahead of the last connection, as RFC 6528 has it, and with the same clock
+		p.isn = p.isn.Add(seqnum.Size(p.most) + 1<<16)
+	}
 	p.known, p.ts, p.synTS, p.stamped = false, false, false, false
 	p.next, p.most, p.rcv, p.edge, p.win, p.wscale, p.synWScale = 0, 0, 0, 0, 65535, 0, -1
 	p.octets, p.have, p.fin = nil, nil, -1
 	p.taken, p.synTaken, p.finTaken, p.acked, p.heard = 0, false, false, 0, 0
-	p.clientTSOffset = rand.Uint32() >> 1
+	p.recent = 0
 	p.note("-- a new connection, ISN %d", uint32(p.isn))
 }
 
@@ -249,6 +255,7 @@ func (p *peer) judge(e *event) {
 	s := &e.s
 	if s.Flags.Has(tcpwrap.RST) {
 		e.news = true
+		p.heard = p.most // nothing is repeated after it
 		return
 	}
 	if s.Flags.Has(tcpwrap.ACK) && e.ack > p.most {
@@ -266,7 +273,7 @@ func (p *peer) judge(e *event) {
 	if s.Options.HasTS && p.ts {
 		if old := seqnum.Value(s.Options.TSVal).Less(seqnum.Value(p.recent)); old && p.stamped && (len(e.data) > 0 || s.Flags.Has(tcpwrap.FIN)) {
 			p.fail("timestamp %d after %d: the client would discard it (PAWS)", s.Options.TSVal, p.recent)
-		} else if !old || !p.stamped {
+		} else if (!old || !p.stamped) && e.seq <= p.acked { // RFC 7323, 4.3
 			p.recent, p.stamped = s.Options.TSVal, true
 		}
 	}
@@ -314,6 +321,13 @@ func (p *peer) told(kind string) {
 	p.note(" > icmp %s", kind)
 	p.seen = append(p.seen, event{icmp: kind, news: true, at: time.Since(p.begun)})
 	p.signal()
+}
+
+// remark notes what is none of a script's affair.
+func (p *peer) remark(what string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.note(" > %s (passed over)", what)
 }
 
 func (p *peer) fail(format string, args ...any) {

@@ -207,7 +207,13 @@ func (w *Wire) gotICMP(m []byte, from netip.Addr) {
 		w.stray = append(w.stray, fmt.Sprintf("%s from %s", kind, from))
 	}
 	w.mu.Unlock()
-	if about != nil {
+	switch {
+	case about == nil:
+	case from == w.server.Addr() && m[0] == 3 && m[1] < 2:
+		// RFC 6069: the new primary asks a client that has waited for long to
+		// retransmit. A dying host's own come from its own address.
+		about.remark("icmp " + kind)
+	default:
 		about.told(kind)
 	}
 }

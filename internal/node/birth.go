@@ -4,11 +4,9 @@ import (
 	"errors"
 	"time"
 
-	"github.com/ftckpt/ftckpt/checkpoint"
 	"github.com/ftckpt/ftckpt/internal/config"
 	"github.com/ftckpt/ftckpt/replay"
 	"github.com/ftckpt/ftckpt/replay/reqsk"
-	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
 
@@ -128,41 +126,6 @@ func (r *recovery) stillborn(b *replay.Birth, err error) {
 	r.drv.dp.Forget(b.Open.Tuple)
 	r.engine.Stillborn(b.Open.Conn)
 }
-
-// unaccepted finds, of the protected connections that an image does not have,
-// those that wait in the accept queue: their sockets belong to nobody yet, and
-// unlike those the server has closed they are not closing.
-func unaccepted(netns string, svc service, missing []tcpwrap.Missing) (ids []stream.ConnID, from stream.Position, err error) {
-	if len(missing) == 0 {
-		return nil, 0, nil
-	}
-	socks, err := tcpwrap.Sockets(netns, svc.addrs(), svc.Ports)
-	if err != nil {
-		return nil, 0, err
-	}
-	waits := map[stream.FourTuple]bool{}
-	for _, s := range socks {
-		if s.Inode != 0 {
-			continue
-		}
-		switch checkpoint.TCPState(s.State) {
-		case checkpoint.Established, checkpoint.CloseWait, checkpoint.SynRecv, newSynRecv:
-			waits[stream.FourTuple{Server: s.Local, Client: s.Remote}] = true
-		}
-	}
-	for _, m := range missing {
-		if waits[m.Tuple] {
-			ids = append(ids, m.Conn)
-			if from == 0 || m.Open < from {
-				from = m.Open
-			}
-		}
-	}
-	return ids, from, nil
-}
-
-// newSynRecv is the kernel's state of a request socket (TCP_NEW_SYN_RECV).
-const newSynRecv = checkpoint.TCPState(12)
 
 // closeRecreator lets go of the BPF program.
 func (s *standby) closeRecreator() {

@@ -50,6 +50,9 @@ type south struct {
 	// Translated says how the numbers of connections that were made again here, in
 	// the image, differ from those that their clients know.
 	Translated map[stream.ConnID]tcpwrap.Translation `json:"translated,omitempty"`
+	// Closing are connections that the server has closed, with which TCP is not
+	// done: their sockets are nobody's, and no image has them.
+	Closing []tcpwrap.Cut `json:"closing,omitempty"`
 	// Service is the Hello of the epoch, which the log's collection does not keep.
 	Service json.RawMessage `json:"service"`
 }
@@ -100,6 +103,9 @@ func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult,
 	}
 	p.awaitLaggards(ctx)
 	p.sweepTranslated()
+	if err := p.awaitOwing(ctx); err != nil {
+		return res, fmt.Errorf("look for connections that are being closed: %w", err)
+	}
 	defer func() {
 		if err := os.RemoveAll(dir); err != nil {
 			p.log.Warn("remove an image", "err", err)
@@ -180,8 +186,14 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 			var from stream.Position
 			m.Conns, m.From, missing = adopt(p.drv.machine, p.svc, socks, m.Cut, p.drv.dp.Get)
 			sth.Translated = translatedOf(m.Conns, p.drv.dp.Get)
-			if sth.Unaccepted, from, err = unaccepted(p.where.netns, p.svc, missing); from != 0 {
-				m.From = min(m.From, from)
+			var a absent
+			a, err = classify(p.where.netns, p.svc, missing, p.drv.dp.Get)
+			sth.Unaccepted, sth.Closing = a.unaccepted, a.closing
+			if a.from != 0 {
+				m.From = min(m.From, a.from)
+			}
+			for _, t := range a.gone {
+				p.drv.machine.Gone(t)
 			}
 			sth.Dialling, from = dialling(p.drv.machine, p.svc, socks)
 			m.From = min(m.From, from)

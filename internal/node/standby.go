@@ -82,6 +82,11 @@ func (l *local) tuples() map[stream.ConnID]stream.FourTuple {
 	for _, c := range l.manifest.Conns {
 		t[c.Conn] = c.Tuple
 	}
+	if sth, err := parseSouth(l.manifest.South); err == nil { // else the takeover says so
+		for _, c := range sth.Closing {
+			t[c.Conn] = c.Tuple
+		}
+	}
 	return t
 }
 

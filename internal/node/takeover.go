@@ -144,6 +144,7 @@ type recovery struct {
 	dumped  time.Time                         // when the image was taken, by this host's clock
 	patches map[uint32]checkpoint.SocketPatch // of the image, before it is restored
 	engine  *replay.Engine
+	closing []tcpwrap.Cut          // of connections that the server had closed, to be revived
 	carries map[stream.ConnID]bool // connections that the image has or the engine re-creates
 	newborn []stream.FourTuple     // those that are re-created
 	planned time.Time              // when their clocks were set
@@ -341,6 +342,27 @@ func (r *recovery) plan() error {
 		r.patches[k.Inode] = patch
 		survivors = append(survivors, sv)
 	}
+	for _, c := range sth.Closing {
+		ln := r.ledger.Line(c.Conn)
+		if ln != nil && ln.Ended {
+			continue
+		}
+		ts := c.ServerTS + uint32(now.Sub(dumped).Milliseconds())
+		if ln != nil && ln.Known && ln.State.ServerTS != 0 {
+			seen := ln.State.ServerTS + uint32(now.Sub(ln.StateAt).Milliseconds())
+			ts = uint32(seqnum.Max(seqnum.Value(ts), seqnum.Value(seen)))
+		}
+		c.ServerTS = (ts + clockMargin) &^ 1
+		sv := replay.Survivor{Cut: c, TS: c.ServerTS, Closing: true}
+		if ln != nil {
+			sv.Logged = ln.Logged
+		}
+		if ln != nil && ln.Known {
+			sv.State, sv.Known = ln.State, true
+		}
+		survivors = append(survivors, sv)
+		r.closing = append(r.closing, c)
+	}
 	var newborns []replay.Newborn
 	r.planned = now
 	if r.way != wayNone {
@@ -359,6 +381,9 @@ func (r *recovery) plan() error {
 		r.newborn = append(r.newborn, n.Open.Tuple)
 	}
 	for _, c := range m.Conns {
+		r.carries[c.Conn] = true
+	}
+	for _, c := range r.closing {
 		r.carries[c.Conn] = true
 	}
 	return nil
@@ -449,6 +474,7 @@ func (r *recovery) setOptions(when checkpoint.Moment) {
 // connection has come as far as its client.
 func (r *recovery) rollForward(ctx context.Context, pid int) error {
 	r.resetStrangers()
+	r.revive()
 	r.drv.with(func() {
 		r.drv.busy = func() bool { return !idle(pid) }
 		r.engine.Start(time.Now())
