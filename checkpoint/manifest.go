@@ -71,10 +71,13 @@ type ConnCut struct {
 	WriteSeq  seqnum.Value     `json:"write_seq"`
 	SndNxt    seqnum.Value     `json:"snd_nxt"`
 	SndUna    seqnum.Value     `json:"snd_una"`
-	SndWScale uint8            `json:"snd_wscale"`
-	RcvWScale uint8            `json:"rcv_wscale"`
-	Options   uint32           `json:"options"`
-	Timestamp uint32           `json:"timestamp"`
+	// SndUp is the urgent pointer of what the server has sent and its client has not
+	// acknowledged, if any: no image has it.
+	SndUp     *seqnum.Value `json:"snd_up,omitempty"`
+	SndWScale uint8         `json:"snd_wscale"`
+	RcvWScale uint8         `json:"rcv_wscale"`
+	Options   uint32        `json:"options"`
+	Timestamp uint32        `json:"timestamp"`
 }
 
 // Cut makes a manifest's entry of a connection of an image.

@@ -90,6 +90,8 @@ type absence struct {
 	offered seqnum.Value // right edge of the window it has been given
 	fin     bool         // its FIN was taken
 	reset   bool         // its reset was
+	up      seqnum.Value // its newest urgent pointer, with urgent
+	urgent  bool
 	ts      uint32       // what our acknowledgements carry as TSval
 	owed    bool         // an acknowledgement is due
 	prompts int          // left to be sent
@@ -164,8 +166,10 @@ func (e *Engine) Stable(now time.Time, p stream.Position) {
 			e.awayOctets -= len(t.ev.data)
 			continue
 		}
-		t.line.away.stable = seqnum.Max(t.line.away.stable, t.ev.end())
-		t.line.away.owed = t.ev.kind != evReset
+		if t.ev.kind != evUrgent {
+			t.line.away.stable = seqnum.Max(t.line.away.stable, t.ev.end())
+			t.line.away.owed = t.ev.kind != evReset
+		}
 		if e.fed {
 			e.feedTaken(t)
 		} else {
@@ -288,6 +292,10 @@ func (e *Engine) take(l *line, s *tcpwrap.Segment) {
 		return
 	}
 	a.prompts = 0
+	if up, yes := s.Up(); yes && a.nxt.Less(up) && !(a.urgent && a.nxt.Less(a.up) && up.LessEq(a.up)) {
+		a.up, a.urgent = up, true
+		e.log(l, stream.Urgent{Conn: l.cut.Conn, Up: up}, event{evUrgent, up, nil})
+	}
 	for len(data) > 0 {
 		n := min(len(data), stream.MaxPayload)
 		kept := append([]byte(nil), data[:n]...)

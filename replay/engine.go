@@ -83,7 +83,7 @@ type Engine struct {
 	queued int
 	begun  bool // the restored TCP is there
 	busy   bool // the restored server is at work
-	born   int  // connections made
+	born   int  // connections made, and urgent octets injected
 	// settledIn of them were made before it was last idle: it has accepted those.
 	settledIn int
 	fed       bool
@@ -137,7 +137,8 @@ const (
 	evFin
 	evReset
 	evOpen
-	evHeard // the peer of a dialled connection had acknowledged all up to seq
+	evHeard  // the peer of a dialled connection had acknowledged all up to seq
+	evUrgent // seq is the urgent pointer
 )
 
 type event struct {
@@ -194,6 +195,12 @@ type line struct {
 	ended      bool // it is over: all its output is swallowed
 
 	heardSeq seqnum.Value // of a dialled connection: the newest evHeard
+	up       seqnum.Value // urgent pointer, with urgent
+	urgent   bool
+	upBorn   int          // Engine.born when the urgent octet was injected
+	serverUp seqnum.Value // newest of the restored TCP's, with serverUrgent
+
+	serverUrgent bool
 
 	state stream.ConnState // newest in the log
 	left  *absence         // how the old server left its client; nil: unknown
@@ -303,6 +310,8 @@ func (e *Engine) Feed(now time.Time, r stream.Record) {
 		e.queue(r.Conn, event{evReset, r.Seq, nil})
 	case stream.ConnState:
 		e.heardThen(r)
+	case stream.Urgent:
+		e.queue(r.Conn, event{evUrgent, r.Up, nil})
 	}
 	e.pump(now)
 }
@@ -315,6 +324,10 @@ func (e *Engine) queue(id stream.ConnID, ev event) {
 	switch ev.kind {
 	case evReset:
 		l.reset = true
+	case evUrgent:
+		if ev.seq.LessEq(l.logged) || l.finLogged { // the image has it
+			return
+		}
 	default:
 		end := ev.end()
 		if end.LessEq(l.logged) || l.finLogged {
@@ -352,7 +365,8 @@ func (e *Engine) Busy(yes bool, born int) {
 	}
 }
 
-// Born is how many connections were made so far.
+// Born is how many connections were made and urgent octets injected so far: what
+// the server has to see to before there may be more of it.
 func (e *Engine) Born() int { return e.born }
 
 // Full says that enough waits to be injected; feed on when it no longer is.
@@ -365,6 +379,12 @@ func (e *Engine) Fed(now time.Time) {
 		e.feedTaken(&e.ripe[i])
 	}
 	e.ripe = nil
+	for _, l := range e.lines {
+		if l.cut.Urgent && l.ack.Less(l.cut.ServerUp) && !l.gone {
+			e.doom(l, "the image has urgent data that the server sent, but not where it is: no image has")
+		}
+	}
+	e.sweep()
 	e.pump(now)
 	for _, l := range e.lines {
 		e.hurry(l)
@@ -497,6 +517,9 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 		l.kNxt, l.grew = end, now
 	}
 	l.kSure = seqnum.Max(l.kSure, end)
+	if up, urgent := s.Up(); urgent {
+		l.serverUp, l.serverUrgent = up, true
+	}
 	l.kFin = l.kFin || s.Flags.Has(tcpwrap.FIN)
 	reset := s.Flags.Has(tcpwrap.RST)
 	l.kReset = l.kReset || reset

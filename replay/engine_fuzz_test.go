@@ -86,7 +86,7 @@ func FuzzEngine(f *testing.F) {
 			case 0, 1, 2:
 				s := tcpwrap.Segment{
 					Dir: tcpwrap.Direction(1 + octet()&1), Tuple: tupleOf(int(octet() % 4)), Flags: tcpwrap.Flags(octet() & 0x3f),
-					Seq: number(), Ack: number(), Window: uint16(number()), Payload: make([]byte, octet()),
+					Seq: number(), Ack: number(), Window: uint16(number()), Urgent: uint16(number()), Payload: make([]byte, octet()),
 				}
 				id++
 				if !live || e.Owns(s.Tuple) {
@@ -101,7 +101,11 @@ func FuzzEngine(f *testing.F) {
 			case 3:
 				e.Feed(now, stream.Bytes{Conn: conn, Seq: number(), Payload: make([]byte, octet())})
 			case 4:
-				e.Feed(now, stream.ClientFin{Conn: conn, Seq: number()})
+				if octet()&1 == 0 {
+					e.Feed(now, stream.ClientFin{Conn: conn, Seq: number()})
+				} else {
+					e.Feed(now, stream.Urgent{Conn: conn, Up: number()})
+				}
 			case 5:
 				e.Feed(now, stream.ClientReset{Conn: conn, Seq: number()})
 			case 6:

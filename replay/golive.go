@@ -188,6 +188,7 @@ func (l *line) here() tcpwrap.Cut {
 	if l.away != nil {
 		c.RcvEdge = l.away.offered
 	}
+	c.ServerUp, c.Urgent = l.serverUp, l.serverUrgent && c.SndUna.Less(l.serverUp)
 	return c
 }
 

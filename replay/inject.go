@@ -56,6 +56,11 @@ func (e *Engine) inject(l *line) bool {
 		}
 		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
 		l.sent, l.resetSent = nil, true
+	case evUrgent:
+		if l.urgent && !l.injNxt.Less(l.up) && (l.upBorn > e.settledIn || l.kAck.Less(l.up)) {
+			return false // TCP knows one urgent octet: the next makes one that was not taken yet an ordinary one
+		}
+		l.up, l.urgent = ev.seq, true
 	case evFin:
 		e.send(l, tcpwrap.FIN|tcpwrap.ACK, l.injNxt, nil)
 		l.sent = append(l.sent, *ev)
@@ -70,6 +75,10 @@ func (e *Engine) inject(l *line) bool {
 			e.stats.Injected++
 			e.stats.InjectedBytes += uint64(n)
 			l.sent = append(l.sent, event{evData, l.injNxt, ev.data[:n]})
+			if l.urgent && l.injNxt.Less(l.up) && l.up.LessEq(l.injNxt.Add(seqnum.Size(n))) {
+				e.born++
+				l.upBorn = e.born
+			}
 			l.injNxt = l.injNxt.Add(seqnum.Size(n))
 			ev.seq, ev.data = l.injNxt, ev.data[n:]
 			e.queued -= n
@@ -96,8 +105,13 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 		shift := l.cut.SndWScale
 		win = uint16(min(65535, (uint32(ack.To(l.edge))+1<<shift-1)>>shift))
 	}
+	var urgent uint16
+	if n := seq.To(l.up); l.urgent && len(data) > 0 && seq.Less(l.up) && n <= 65535 {
+		flags |= tcpwrap.URG
+		urgent = uint16(n)
+	}
 	e.Ready.Send(tcpwrap.Outgoing{
-		Up: true, Tuple: l.cut.Tuple, Seq: seq, Ack: ack, Flags: flags, Window: win,
+		Up: true, Tuple: l.cut.Tuple, Seq: seq, Ack: ack, Flags: flags, Window: win, Urgent: urgent,
 		HasTS: l.cut.HasTS, TSVal: l.clientTS, TSEcr: l.kTS, Payload: data,
 	})
 }

@@ -126,6 +126,9 @@ func (p *enginePlay) survivor(d *scenario.Directive) {
 		l.Apply(p.now, stream.Entry{Pos: 1, Rec: stream.Bytes{Conn: id, Seq: num(d, "from", d.Number("rcv", 0)), Payload: make([]byte, d.Number("logged", 0)-d.Number("from", d.Number("rcv", 0)))}})
 		s.Logged = l.Line(id).Logged
 	}
+	if d.Has("serverup") {
+		s.Cut.ServerUp, s.Cut.Urgent = num(d, "serverup", 0), true
+	}
 	if d.Has("acked") {
 		s.Known = true
 		s.State = stream.ConnState{Conn: id, ClientAck: num(d, "acked", 0), ClientEdge: num(d, "edge", d.Number("acked", 0)+1000), ClientTS: uint32(d.Number("clientts", 0))}
@@ -144,6 +147,8 @@ func (p *enginePlay) record(d *scenario.Directive) stream.Record {
 		return stream.Bytes{Conn: id, Seq: seq, Payload: b}
 	case "fin":
 		return stream.ClientFin{Conn: id, Seq: seq}
+	case "urgent":
+		return stream.Urgent{Conn: id, Up: num(d, "up", 0)}
 	case "reset":
 		return stream.ClientReset{Conn: id, Seq: seq}
 	}
@@ -154,13 +159,14 @@ func (p *enginePlay) record(d *scenario.Directive) stream.Record {
 func (p *enginePlay) segment(d *scenario.Directive) tcpwrap.Segment {
 	s := tcpwrap.Segment{
 		Dir: tcpwrap.Inbound, Tuple: playTuple(d.Word(0)), Window: uint16(d.Number("win", 1000)),
-		Seq: num(d, "seq", 0), Ack: num(d, "ack", 0), Payload: []byte(d.Text("data", "")),
+		Urgent: uint16(d.Number("up", 0)),
+		Seq:    num(d, "seq", 0), Ack: num(d, "ack", 0), Payload: []byte(d.Text("data", "")),
 	}
 	if d.Verb == "out" {
 		s.Dir = tcpwrap.Outbound
 	}
 	for _, f := range d.Word(1) {
-		s.Flags |= map[rune]tcpwrap.Flags{'S': tcpwrap.SYN, 'A': tcpwrap.ACK, 'F': tcpwrap.FIN, 'R': tcpwrap.RST}[f]
+		s.Flags |= map[rune]tcpwrap.Flags{'S': tcpwrap.SYN, 'A': tcpwrap.ACK, 'F': tcpwrap.FIN, 'R': tcpwrap.RST, 'U': tcpwrap.URG}[f]
 	}
 	if d.Has("ts") {
 		s.Options.HasTS, s.Options.TSVal = true, uint32(d.Number("ts", 0))
@@ -172,6 +178,9 @@ func (p *enginePlay) cuts(cuts []tcpwrap.Cut) string {
 	var b strings.Builder
 	for _, c := range cuts {
 		fmt.Fprintf(&b, "%s joins: rcv %d una %d nxt %d wnd %d", playName(c.Tuple), c.RcvNxt, c.SndUna, c.SndNxt, c.SndWnd)
+		if c.Urgent {
+			fmt.Fprintf(&b, " urgent data up to %d", c.ServerUp)
+		}
 		if c.ClientFin || c.ServerFin {
 			fmt.Fprintf(&b, " client fin %v server fin %v", c.ClientFin, c.ServerFin)
 		}
@@ -229,7 +238,7 @@ func (p *enginePlay) ready() string {
 			to = "to server"
 		}
 		var flags []string
-		for i, f := range []string{"FIN", "SYN", "RST", "PSH", "ACK"} {
+		for i, f := range []string{"FIN", "SYN", "RST", "PSH", "ACK", "URG"} {
 			if s.Flags.Has(1 << i) {
 				flags = append(flags, f)
 			}
@@ -238,6 +247,9 @@ func (p *enginePlay) ready() string {
 		line := fmt.Sprintf("%s %s %s seq %d ack %d win %d", to, playName(s.Tuple), strings.Join(flags, "+"), s.Seq, s.Ack, s.Window)
 		if s.HasTS {
 			line += fmt.Sprintf(" clock %d echo %d", s.TSVal, s.TSEcr)
+		}
+		if s.Flags.Has(tcpwrap.URG) {
+			line += fmt.Sprintf(" urgent %d", s.Urgent)
 		}
 		if n := len(s.Payload); n > 20 {
 			line += fmt.Sprintf(": %d octets", n)

@@ -38,6 +38,9 @@ func AppendRecord(dst []byte, r Record) ([]byte, error) {
 	case ClientReset:
 		dst = appendHead(dst, KindClientReset, 12)
 		return appendSeq(be.AppendUint64(dst, uint64(r.Conn)), r.Seq), nil
+	case Urgent:
+		dst = appendHead(dst, KindUrgent, 12)
+		return appendSeq(be.AppendUint64(dst, uint64(r.Conn)), r.Up), nil
 	case ConnOpen:
 		return appendConnOpen(dst, KindConnOpen, &r)
 	case ConnDial:
@@ -179,6 +182,8 @@ func decodeBody(kind Kind, b []byte) (Record, error) {
 		r = ClientFin{Conn: ConnID(c.u64()), Seq: c.seq()}
 	case KindClientReset:
 		r = ClientReset{Conn: ConnID(c.u64()), Seq: c.seq()}
+	case KindUrgent:
+		r = Urgent{Conn: ConnID(c.u64()), Up: c.seq()}
 	case KindConnEnd:
 		e := ConnEnd{Conn: ConnID(c.u64()), Reason: EndReason(c.u8())}
 		c.bad = c.bad || !e.Reason.valid()

@@ -70,6 +70,7 @@ func oneOfEach() []Record {
 		ServerExit{Status: 0x8b},
 		Handover{Node: "node-b"},
 		Handover{},
+		Urgent{Conn: 3, Up: 0xfffffff9},
 	}
 }
 
@@ -227,7 +228,7 @@ func genRecord(t *rapid.T) Record {
 	conn := ConnID(rapid.Uint64().Draw(t, "conn"))
 	seq := func() seqnum.Value { return seqnum.Value(rapid.Uint32().Draw(t, "seq")) }
 	opts := func() []byte { return rapid.SliceOfN(rapid.Byte(), 0, MaxOptions).Draw(t, "opts") }
-	switch rapid.IntRange(1, 12).Draw(t, "kind") {
+	switch rapid.IntRange(1, 13).Draw(t, "kind") {
 	case 1:
 		return ConnOpen{conn, genTuple(t), seq(), rapid.Uint16().Draw(t, "win"), opts()}
 	case 2:
@@ -250,6 +251,8 @@ func genRecord(t *rapid.T) Record {
 		return ConnDial{conn, genTuple(t), seq(), rapid.Uint16().Draw(t, "win"), opts()}
 	case 12:
 		return ConnAnswer{conn, seq(), rapid.Uint16().Draw(t, "win"), opts()}
+	case 13:
+		return Urgent{conn, seq()}
 	case 9:
 		return ServerExit{rapid.Uint32().Draw(t, "status")}
 	}

@@ -50,6 +50,7 @@ const (
 	KindServerExit  Kind = 9
 	KindHello       Kind = 10
 	KindGoodbye     Kind = 11
+	KindUrgent      Kind = 12
 	KindConnDial    Kind = 14
 	KindConnAnswer  Kind = 15
 	KindHandover    Kind = 16
@@ -123,6 +124,17 @@ type ClientReset struct {
 	Conn ConnID
 	Seq  seqnum.Value
 }
+
+// Urgent says that the client has announced urgent data (RFC 9293, 3.8.5): Up is
+// the segment's sequence number plus its urgent pointer. It comes ahead of the
+// octets that it is about, which a server may have taken out of line.
+type Urgent struct {
+	Conn ConnID
+	Up   seqnum.Value
+}
+
+// Kind implements Record.
+func (Urgent) Kind() Kind { return KindUrgent }
 
 // ConnState is where a connection stood when a batch was sealed. It is
 // coalesced: only the last one of a connection matters, and a stale one is

@@ -13,6 +13,7 @@ type Build struct {
 	Seq, Ack seqnum.Value
 	Flags    Flags
 	Window   uint16 // unscaled, as in the header
+	Urgent   uint16 // pointer, with URG in Flags
 
 	// TS puts a timestamp option (RFC 7323) before Options.
 	TS           bool
@@ -86,6 +87,7 @@ func AppendSegment(dst []byte, b Build) []byte {
 	t[12] = byte((tcpMinLen + opts) / 4 << 4)
 	t[13] = byte(b.Flags)
 	binary.BigEndian.PutUint16(t[14:], b.Window)
+	binary.BigEndian.PutUint16(t[18:], b.Urgent)
 	o := t[tcpMinLen : tcpMinLen+opts]
 	if b.TS {
 		o[0], o[1], o[2], o[3] = optNop, optNop, optTimestamp, 10

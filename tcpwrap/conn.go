@@ -25,6 +25,10 @@ type Cut struct {
 	ClientTS, ServerTS   uint32
 	ClientFin            bool // the client's FIN is below RcvNxt
 	ServerFin            bool // the server's FIN is below SndNxt
+	// ServerUp is the newest urgent pointer of the server's that its client has not
+	// acknowledged yet, when Urgent.
+	ServerUp seqnum.Value
+	Urgent   bool
 	// Open is where the log has the connection's open record, when it was
 	// re-created out of that: the server may not have accepted it yet. Else 0.
 	Open stream.Position
@@ -73,8 +77,10 @@ type conn struct {
 	embryonic   bool            // the client has not answered the SYN-ACK
 	muted       bool            // its client has reset it; TCP may not know
 
-	dialled bool         // the server opened it
-	told    seqnum.Value // the newest clientAck that tell has logged
+	dialled                    bool         // the server opened it
+	told                       seqnum.Value // the newest clientAck that tell has logged
+	clientUp, serverUp         seqnum.Value // newest urgent pointers
+	clientUrgent, serverUrgent bool         // they mean something
 
 	opened               bool // we saw the handshake
 	clientISN, serverISN seqnum.Value
@@ -103,6 +109,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 		serverNxt: c.SndNxt, serverTS: c.ServerTS, sentNxt: seqnum.Max(c.SndUna, c.SndNxt), rcvAck: c.RcvNxt,
 		openPos: c.Open, dialled: c.Dialled, told: c.SndUna, serverEdge: seqnum.Max(c.RcvNxt, c.RcvEdge),
 	}
+	n.serverUp, n.serverUrgent = c.ServerUp, c.Urgent
 	n.in.nxt = c.RcvNxt
 	n.in.fin = c.ClientFin
 	n.finAcked = c.ClientFin
@@ -157,6 +164,9 @@ func (c *conn) noteAck(s *Segment) {
 	if c.clientAck.Less(s.Ack) {
 		c.clientAck, c.dirty = s.Ack, true
 	}
+	if c.serverUrgent && c.serverUp.LessEq(c.clientAck) {
+		c.serverUrgent = false
+	}
 	if c.clientEdge.Less(edge) {
 		c.clientEdge, c.dirty = edge, true
 	}
@@ -187,6 +197,7 @@ func (c *conn) noteCaught(s *Segment) {
 	if end := s.End(); c.sentNxt.Less(end) {
 		c.sentNxt = end
 	}
+	c.noteUrgent(s)
 	c.out.Write(s.Seq, s.Payload)
 	if s.Flags.Has(FIN) && !c.serverFin {
 		c.serverFin, c.serverFinAt = true, s.End().Sub(1)
@@ -201,6 +212,13 @@ func (c *conn) offer(s *Segment) seqnum.Value {
 		win <<= c.rcvWScale
 	}
 	return s.Ack.Add(win)
+}
+
+// noteUrgent takes an urgent pointer of the server's.
+func (c *conn) noteUrgent(s *Segment) {
+	if up, urgent := s.Up(); urgent && (!c.serverUrgent || c.serverUp.Less(up)) {
+		c.serverUp, c.serverUrgent = up, true
+	}
 }
 
 // noteLogged remembers which record holds the octets up to end.

@@ -64,6 +64,11 @@ func (m *Machine) Thaw(now time.Time) {
 // from these cuts needs (the next record when it needs nothing older).
 func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 	from = m.next
+	for i := range m.waited { // sent by the TCP that is in the image
+		if s := &m.waited[i].seg; s.Dir == Outbound && s.Flags.Has(URG) && m.conns[s.Tuple] != nil {
+			m.conns[s.Tuple].noteUrgent(s)
+		}
+	}
 	for _, k := range cuts {
 		delete(m.late, k.Tuple)
 		c := m.conns[k.Tuple]
@@ -94,6 +99,7 @@ func (m *Machine) Adopt(cuts []Cut) (adopted []Cut, from stream.Position) {
 		k.SndUna = seqnum.Max(k.SndUna, c.clientAck)
 		k.SndWnd = k.SndUna.To(seqnum.Max(k.SndUna, edge))
 		k.ClientTS, k.ServerTS = c.clientTS, c.serverTS
+		k.ServerUp, k.Urgent = c.serverUp, c.serverUrgent && k.SndUna.Less(c.serverUp)
 		adopted = append(adopted, k)
 	}
 	for t, p := range m.blocked {

@@ -322,7 +322,7 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 func (m *Machine) lowered(c *conn, s *Segment) {
 	edge := s.Ack.Add(seqSize(s.Window) << c.sndWScale)
 	m.Ready.Send(Outgoing{
-		Up: true, Tuple: c.tuple, Seq: s.Seq, Ack: c.sentNxt, Flags: s.Flags,
+		Up: true, Tuple: c.tuple, Seq: s.Seq, Ack: c.sentNxt, Flags: s.Flags, Urgent: s.Urgent,
 		Window: uint16(min(65535, uint32(c.sentNxt.To(edge))>>c.sndWScale)),
 		HasTS:  s.Options.HasTS, TSVal: s.Options.TSVal, TSEcr: s.Options.TSEcr, Payload: s.Payload,
 	})
@@ -354,6 +354,7 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 	if m.congested {
 		return false
 	}
+	m.urgent(c, s)
 	before := c.in.kept()
 	budget := min(m.limits.AheadPerConn-before, m.limits.Ahead-m.ahead)
 	ok := c.in.offer(s.Seq, s.Payload, fin, budget,
@@ -377,6 +378,18 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 		})
 	m.ahead += c.in.kept() - before
 	return ok
+}
+
+// urgent logs a new urgent pointer, ahead of the octets that it is about: a
+// server that does not take urgent data in line is given one octet less by it.
+func (m *Machine) urgent(c *conn, s *Segment) {
+	up, yes := s.Up()
+	pending := c.clientUrgent && c.in.nxt.Less(c.clientUp)
+	if !yes || c.in.fin || up.LessEq(c.in.nxt) || pending && up.LessEq(c.clientUp) {
+		return // TCP does not look at it either (tcp_check_urg)
+	}
+	c.clientUp, c.clientUrgent = up, true
+	c.noteLogged(up, m.depend(stream.Urgent{Conn: c.id, Up: up}))
 }
 
 func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {

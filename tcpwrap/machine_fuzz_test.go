@@ -43,6 +43,9 @@ func (s *supply) segment() tcpwrap.Segment {
 	t.Options.HasTS, t.Options.TSVal = s.octet()&1 == 1, s.number()
 	t.Payload = make([]byte, s.number()%70000)
 	t.RawOptions = make([]byte, s.octet()%41)
+	if t.Flags.Has(tcpwrap.URG) {
+		t.Urgent = uint16(s.number())
+	}
 	return t
 }
 
@@ -76,7 +79,7 @@ func FuzzMachine(f *testing.F) {
 						t.Fatalf("a record of %d octets", len(r.Payload))
 					}
 					dep = next - 1
-				case stream.ConnOpen, stream.ConnAccept, stream.ClientFin, stream.ClientReset:
+				case stream.ConnOpen, stream.ConnAccept, stream.ClientFin, stream.ClientReset, stream.Urgent:
 					dep = next - 1
 				}
 			}
@@ -123,7 +126,7 @@ func FuzzMachine(f *testing.F) {
 			default:
 				s := in.segment()
 				if in.octet()&1 == 1 { // what a packet says, not what we say it says
-					ip := tcpwrap.AppendSegment(nil, tcpwrap.Build{Src: s.Tuple.Client, Dst: s.Tuple.Server, Seq: s.Seq, Ack: s.Ack, Flags: s.Flags, Window: s.Window, Payload: s.Payload})
+					ip := tcpwrap.AppendSegment(nil, tcpwrap.Build{Src: s.Tuple.Client, Dst: s.Tuple.Server, Seq: s.Seq, Ack: s.Ack, Flags: s.Flags, Window: s.Window, Urgent: s.Urgent, Payload: s.Payload})
 					if err := tcpwrap.ParseSegment(ip, tcpwrap.Inbound, &s); err != nil {
 						continue
 					}

@@ -119,6 +119,7 @@ func (p *machinePlay) segment(d *scenario.Directive) tcpwrap.Segment {
 	s := tcpwrap.Segment{
 		Dir: tcpwrap.Inbound, Tuple: t, Window: uint16(d.Number("win", 1000)),
 		Seq: seqnum.Value(d.Number("seq", 0)), Ack: seqnum.Value(d.Number("ack", 0)),
+		Urgent:  uint16(d.Number("up", 0)),
 		Payload: []byte(strings.Repeat("x", d.Number("len", 0))),
 	}
 	if d.Has("data") {
@@ -128,7 +129,7 @@ func (p *machinePlay) segment(d *scenario.Directive) tcpwrap.Segment {
 		s.Dir = tcpwrap.Outbound
 	}
 	for _, f := range d.Word(1) {
-		s.Flags |= map[rune]tcpwrap.Flags{'S': tcpwrap.SYN, 'A': tcpwrap.ACK, 'F': tcpwrap.FIN, 'R': tcpwrap.RST}[f]
+		s.Flags |= map[rune]tcpwrap.Flags{'S': tcpwrap.SYN, 'A': tcpwrap.ACK, 'F': tcpwrap.FIN, 'R': tcpwrap.RST, 'U': tcpwrap.URG}[f]
 	}
 	s.Options.WScale = int8(d.Number("ws", -1))
 	if d.Has("ts") {
@@ -152,6 +153,9 @@ func (p *machinePlay) adopt(d *scenario.Directive) string {
 	var b strings.Builder
 	for _, c := range adopted {
 		fmt.Fprintf(&b, "%s is %d: rcv %d una %d nxt %d wnd %d\n", p.names[c.Tuple.Client], c.Conn, c.RcvNxt, c.SndUna, c.SndNxt, c.SndWnd)
+		if c.Urgent {
+			fmt.Fprintf(&b, "and its client is to have urgent data up to %d\n", c.ServerUp)
+		}
 	}
 	fmt.Fprintf(&b, "needs the log from %d\n", from)
 	return b.String()
@@ -201,6 +205,8 @@ func (p *machinePlay) record(r stream.Record) string {
 		return fmt.Sprintf("bytes %d at %d: %s", r.Conn, r.Seq, r.Payload)
 	case stream.ClientFin:
 		return fmt.Sprintf("fin %d at %d", r.Conn, r.Seq)
+	case stream.Urgent:
+		return fmt.Sprintf("urgent %d up to %d", r.Conn, r.Up)
 	case stream.ClientReset:
 		return fmt.Sprintf("reset %d at %d", r.Conn, r.Seq)
 	case stream.ConnState:

@@ -165,6 +165,7 @@ func ParseSegment(ip []byte, dir Direction, s *Segment) error {
 	s.Ack = seqnum.Value(binary.BigEndian.Uint32(t[8:]))
 	s.Flags = Flags(t[13] & 0x3f)
 	s.Window = binary.BigEndian.Uint16(t[14:])
+	s.Urgent = binary.BigEndian.Uint16(t[18:])
 	s.RawOptions = t[tcpMinLen:off:off]
 	s.Payload = t[off:len(t):len(t)]
 	s.Options = ParseOptions(s.RawOptions, s.Flags.Has(SYN))

@@ -26,6 +26,7 @@ type Outgoing struct {
 	Seq, Ack seqnum.Value
 	Flags    Flags
 	Window   uint16
+	Urgent   uint16 // pointer, with URG in Flags
 	HasTS    bool
 	TSVal    uint32
 	TSEcr    uint32
@@ -88,7 +89,7 @@ func AppendOutgoing(dst []byte, o *Outgoing) []byte {
 		return AppendUnreachable(dst, o.Tuple, o.Seq)
 	}
 	return AppendSegment(dst, Build{
-		Src: src, Dst: to, Seq: o.Seq, Ack: o.Ack, Flags: o.Flags, Window: o.Window,
+		Src: src, Dst: to, Seq: o.Seq, Ack: o.Ack, Flags: o.Flags, Window: o.Window, Urgent: o.Urgent,
 		TS: o.HasTS, TSVal: o.TSVal, TSEcr: o.TSEcr, Options: o.Options, Payload: o.Payload,
 	})
 }

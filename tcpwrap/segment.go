@@ -43,6 +43,7 @@ type Segment struct {
 	Seq, Ack   seqnum.Value
 	Flags      Flags
 	Window     uint16 // as in the header, unscaled
+	Urgent     uint16 // urgent pointer; means something with URG only
 	Options    Options
 	RawOptions []byte
 	Payload    []byte
@@ -58,6 +59,13 @@ func (s *Segment) Len() seqnum.Size {
 		n++
 	}
 	return n
+}
+
+// Up is the urgent pointer as a sequence number: the octet after the urgent one
+// (RFC 9293's RCV.UP as every stack reads it, RFC 6093). A pointer of 0 is what
+// Linux takes for 1.
+func (s *Segment) Up() (up seqnum.Value, urgent bool) {
+	return s.Seq.Add(seqnum.Size(max(s.Urgent, 1))), s.Flags.Has(URG)
 }
 
 // End is the sequence number after the segment's last octet.

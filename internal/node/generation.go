@@ -242,7 +242,11 @@ func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream
 	}
 	adopted, from := m.Adopt(cuts)
 	for _, c := range adopted {
-		conns = append(conns, byTuple[c.Tuple].Cut(c.Conn))
+		k := byTuple[c.Tuple].Cut(c.Conn)
+		if c.Urgent {
+			k.SndUp = &c.ServerUp
+		}
+		conns = append(conns, k)
 	}
 	return conns, min(from, at), m.Missing(adopted)
 }

@@ -299,9 +299,9 @@ func (r *recovery) plan() error {
 	if err != nil {
 		return err
 	}
-	ids := map[uint32]stream.ConnID{}
-	for _, c := range m.Conns {
-		ids[c.Inode] = c.Conn
+	known := map[uint32]*checkpoint.ConnCut{}
+	for i := range m.Conns {
+		known[m.Conns[i].Inode] = &m.Conns[i]
 	}
 	now := time.Now()
 	dumped := r.loc.at.Add(-time.Duration(sth.AgeMS) * time.Millisecond)
@@ -310,8 +310,8 @@ func (r *recovery) plan() error {
 	var survivors []replay.Survivor
 	r.mu.Lock()
 	for _, k := range r.loc.socks {
-		id, ok := ids[k.Inode]
-		if !ok || !carried(r.svc, k) {
+		c := known[k.Inode]
+		if c == nil || !carried(r.svc, k) {
 			continue
 		}
 		var patch checkpoint.SocketPatch
@@ -319,7 +319,11 @@ func (r *recovery) plan() error {
 			k = patchTranslated(k, t, &patch)
 		}
 		sv := replay.Survivor{Cut: cutOf(r.svc, k)}
+		id := c.Conn
 		sv.Cut.Conn = id
+		if c.SndUp != nil {
+			sv.Cut.ServerUp, sv.Cut.Urgent = *c.SndUp, true
+		}
 		ts := k.Timestamp + uint32(now.Sub(dumped).Milliseconds())
 		ln := r.ledger.Line(id)
 		if ln != nil {
