@@ -91,7 +91,7 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 		l := &line{
 			birth: &Birth{Open: n.Open, Accept: n.Accept, ServerTS: n.TS}, answered: n.Answered, ended: n.Ended, pred: pred,
 			injNxt: first, logged: first, kAck: first, kEdge: first.Add(firstCredit),
-			ack: n.Accept.ISN.Add(1), kNxt: n.Accept.ISN.Add(1), kSure: n.Accept.ISN.Add(1), kTS: n.TS,
+			ack: n.Accept.ISN.Add(1), told: n.Accept.ISN.Add(1), kNxt: n.Accept.ISN.Add(1), kSure: n.Accept.ISN.Add(1), kTS: n.TS,
 		}
 		l.cut = tcpwrap.Cut{
 			Conn: n.Open.Conn, Tuple: n.Open.Tuple, RcvNxt: first, SndUna: l.ack, SndNxt: l.ack,

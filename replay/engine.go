@@ -174,6 +174,7 @@ type line struct {
 
 	ack  seqnum.Value // the real client's acknowledgement
 	edge seqnum.Value // right edge of the real client's window
+	told seqnum.Value // highest acknowledgement given to the restored TCP, or in the image
 
 	kSeen  bool // the restored TCP has sent something
 	kAck   seqnum.Value
@@ -231,7 +232,7 @@ func NewEngine(survivors []Survivor) *Engine {
 		}
 		l := &line{
 			cut: c, injNxt: c.RcvNxt, logged: c.RcvNxt, finLogged: c.ClientFin,
-			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd),
+			ack: c.SndUna, edge: c.SndUna.Add(c.SndWnd), told: c.SndUna,
 			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kSure: c.SndUna, kFin: c.ServerFin,
 			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended, heardSeq: c.SndUna,
 		}

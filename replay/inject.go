@@ -98,12 +98,9 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 	if flags == tcpwrap.ACK && len(data) == 0 {
 		ack = seqnum.Min(l.kNxt, l.ack)
 	}
-	var win uint16
-	if ack.Less(l.edge) {
-		// Rounded up: a window that shrank by the rounding would look like one
-		// taken back.
-		shift := l.cut.SndWScale
-		win = uint16(min(65535, (uint32(ack.To(l.edge))+1<<shift-1)>>shift))
+	ack, win := l.offer(ack)
+	if l.told.Less(ack) {
+		l.told = ack
 	}
 	var urgent uint16
 	if n := seq.To(l.up); l.urgent && len(data) > 0 && seq.Less(l.up) && n <= 65535 {
@@ -114,6 +111,28 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 		Up: true, Tuple: l.cut.Tuple, Seq: seq, Ack: ack, Flags: flags, Window: win, Urgent: urgent,
 		HasTS: l.cut.HasTS, TSVal: l.clientTS, TSEcr: l.kTS, Payload: data,
 	})
+}
+
+// offer makes the window behind an acknowledgement end exactly where the real
+// client's does. A scaled window says that only at some acknowledgements, so it
+// acknowledges up to 1<<scale octets less than it could when that helps. Rounded
+// down, TCP might not get as far as the client is. Rounded up, it would send
+// beyond a window that is shut, and wait for the retransmission of that, with a
+// timeout that doubles, instead of probing until the window opens.
+func (l *line) offer(ack seqnum.Value) (seqnum.Value, uint16) {
+	if !ack.Less(l.edge) {
+		return ack, 0
+	}
+	unit := seqnum.Size(1) << l.cut.SndWScale
+	n := ack.To(l.edge)
+	if over := n % unit; over != 0 && ack.Less(l.ack) {
+		if less := ack.Sub(unit - over); l.told.LessEq(less) {
+			ack, n = less, n+unit-over
+		} else if n < unit { // nothing else would let it go on
+			n = unit
+		}
+	}
+	return ack, uint16(min(65535, n/unit))
 }
 
 // acknowledge tells the restored TCP what the client has of its output.

@@ -136,13 +136,13 @@ func (a *Attrs) ACK(t stream.FourTuple, edge seqnum.Value) tcpwrap.Outgoing {
 		HasTS: a.TSOK, TSVal: a.ClientTSVal, TSEcr: a.ServerTSVal,
 	}
 	if o.Ack.Less(edge) {
-		// Rounded up: a window that shrank by the rounding would look like one
-		// taken back.
+		// Rounded down: TCP must not send beyond the client's window. But not to
+		// nothing: it would not send at all, and so not learn more.
 		var shift uint8
 		if a.WScaleOK {
 			shift = a.SndWScale
 		}
-		o.Window = uint16(min(65535, (uint64(o.Ack.To(edge))+1<<shift-1)>>shift))
+		o.Window = uint16(min(65535, max(1, uint64(o.Ack.To(edge))>>shift)))
 	}
 	return o
 }

@@ -107,7 +107,8 @@ func TestACK(t *testing.T) {
 	}{
 		"unscaled":                       {0, false, isn.Add(1 + 4000), 4000},
 		"a shift without window scaling": {7, false, isn.Add(1 + 4000), 4000},
-		"scaled, rounded up":             {7, true, isn.Add(1 + 4000), 32},
+		"scaled, rounded down":           {7, true, isn.Add(1 + 4000), 31},
+		"scaled, not to nothing":         {7, true, isn.Add(1 + 100), 1},
 		"scaled, no rounding":            {7, true, isn.Add(1 + 128), 1},
 		"more than the field holds":      {2, true, isn.Add(1 + 1<<20), 65535},
 		"shut":                           {7, true, isn.Add(1), 0},
