@@ -92,11 +92,11 @@ type absence struct {
 	reset   bool         // its reset was
 	up      seqnum.Value // its newest urgent pointer, with urgent
 	urgent  bool
-	ts      uint32       // what our acknowledgements carry as TSval
-	owed    bool         // an acknowledgement is due
-	prompts int          // left to be sent
-	met     bool         // it has been heard of
-	told    bool         // the log has where it stands
+	ts      uint32 // what our acknowledgements carry as TSval
+	owed    bool   // an acknowledgement is due
+	prompts int    // left to be sent
+	met     bool   // it has been heard of
+	told    bool   // the log has where it stands
 }
 
 // StandIn begins to answer clients in the place of their server. The records of

@@ -197,6 +197,8 @@ func told(r stream.Record) string {
 			return fmt.Sprintf("bytes %d: %d octets", r.Seq, len(r.Payload))
 		}
 		return fmt.Sprintf("bytes %d: %s", r.Seq, r.Payload)
+	case stream.Urgent:
+		return fmt.Sprintf("urgent up to %d", r.Up)
 	case stream.ClientFin:
 		return fmt.Sprintf("fin %d", r.Seq)
 	case stream.ClientReset:

@@ -389,7 +389,7 @@ func (m *Machine) urgent(c *conn, s *Segment) {
 		return // TCP does not look at it either (tcp_check_urg)
 	}
 	c.clientUp, c.clientUrgent = up, true
-	c.noteLogged(up, m.depend(stream.Urgent{Conn: c.id, Up: up}))
+	c.noteLogged(up, m.Depend(stream.Urgent{Conn: c.id, Up: up}))
 }
 
 func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {

@@ -314,12 +314,12 @@ func (r *recovery) plan() error {
 		if c == nil || !carried(r.svc, k) {
 			continue
 		}
+		id := c.Conn
 		var patch checkpoint.SocketPatch
 		if t, yes := sth.Translated[id]; yes {
 			k = patchTranslated(k, t, &patch)
 		}
 		sv := replay.Survivor{Cut: cutOf(r.svc, k)}
-		id := c.Conn
 		sv.Cut.Conn = id
 		if c.SndUp != nil {
 			sv.Cut.ServerUp, sv.Cut.Urgent = *c.SndUp, true
