@@ -24,6 +24,7 @@ type Newborn struct {
 	Known    bool             // State was logged, and is not merely the handshake's
 	Answered bool             // the client is known to have acknowledged the SYN-ACK
 	Ended    bool             // it is over: what it made the server do is not
+	Expired  bool             // and its client has not heard of it, see Survivor
 	Digests  []stream.OutDigest
 	Logged   Instream // what its client has said
 	TS       uint32   // the server's timestamp clock as it has to go on
@@ -57,6 +58,7 @@ func (l *Ledger) Newborns(cut stream.Position, unaccepted map[stream.ConnID]bool
 			continue
 		}
 		n := Newborn{Open: ln.open, OpenPos: ln.openPos, Accept: ln.accept, State: ln.State, Known: ln.Known, Ended: ln.Ended, Digests: ln.Digests, Logged: ln.Logged}
+		n.Expired = n.Ended && ln.Reason == stream.EndExpired
 		n.Answered = ln.answered || ln.Known && ln.accept.ISN.Less(ln.State.ClientAck)
 		opts := tcpwrap.ParseOptions(ln.accept.Options, true)
 		if ts, seen := opts.TSVal, ln.acceptAt; opts.HasTS {
@@ -89,7 +91,7 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 		syn, synack := tcpwrap.ParseOptions(n.Open.Options, true), tcpwrap.ParseOptions(n.Accept.Options, true)
 		first := n.Open.ISN.Add(1)
 		l := &line{
-			birth: &Birth{Open: n.Open, Accept: n.Accept, ServerTS: n.TS}, answered: n.Answered, ended: n.Ended, pred: pred,
+			birth: &Birth{Open: n.Open, Accept: n.Accept, ServerTS: n.TS}, answered: n.Answered, ended: n.Ended, expired: n.Expired, pred: pred,
 			injNxt: first, logged: first, kAck: first, kEdge: first.Add(firstCredit),
 			ack: n.Accept.ISN.Add(1), told: n.Accept.ISN.Add(1), kNxt: n.Accept.ISN.Add(1), kSure: n.Accept.ISN.Add(1), kTS: n.TS,
 		}

@@ -59,6 +59,9 @@ type Survivor struct {
 	// has been made again from Cut, in the state after the server's FIN. A FIN of
 	// the client's is fed to it like any other.
 	Closing bool
+	// Expired says that it is no longer protected, for it was idle for too long:
+	// it is Ended, and its client has not heard of that.
+	Expired bool
 }
 
 // Engine rolls restored connections forward: it plays the client to the
@@ -210,6 +213,7 @@ type line struct {
 	lagging bool // no longer holds the others up
 	unsure  bool // in Engine.unsure
 	gone    bool // dropped
+	expired bool // its end is still to be told
 
 	clientFin bool // the client's FIN is in the cut, and TCP has to be given it
 	moved     time.Time
@@ -236,6 +240,7 @@ func NewEngine(survivors []Survivor) *Engine {
 			kAck: c.RcvNxt, kEdge: c.RcvNxt.Add(firstCredit), kNxt: c.SndNxt, kSure: c.SndUna, kFin: c.ServerFin,
 			kTS: s.TS, clientTS: c.ClientTS, ended: s.Ended, heardSeq: c.SndUna,
 		}
+		l.expired = s.Expired
 		l.compareWith(s.Digests)
 		offered := c.RcvEdge
 		if s.Known {

@@ -120,6 +120,13 @@ func (e *Engine) GoLive() (cuts []tcpwrap.Cut, waiting []Waiting) {
 			e.lag(l)
 		}
 	}
+	for _, l := range e.lines {
+		if l.expired {
+			l.ended = false // its client is there
+			e.doom(l, "it was idle for so long that it was no longer protected")
+		}
+	}
+	e.sweep()
 	cuts = e.Joined()
 	for _, w := range e.waiting {
 		if e.conns[w.Segment.Tuple] != nil { // lagging: the client sends it again

@@ -255,7 +255,8 @@ func (l *Ledger) Orphans(survives func(stream.ConnID) bool) []Orphan {
 			continue
 		}
 		quarantined := ln.Ended && ln.Reason == stream.EndQuarantine
-		if ln.Ended && !quarantined || survives(id) && !quarantined || ln.Tuple == (stream.FourTuple{}) {
+		untold := quarantined || ln.Ended && ln.Reason == stream.EndExpired && !survives(id)
+		if ln.Ended && !untold || survives(id) && !quarantined || ln.Tuple == (stream.FourTuple{}) {
 			continue
 		}
 		if ln.opened && !ln.accepted {

@@ -2,6 +2,7 @@ package tcpwrap
 
 import (
 	"slices"
+	"time"
 
 	"github.com/ftckpt/ftckpt/internal/seqnum"
 	"github.com/ftckpt/ftckpt/stream"
@@ -74,6 +75,8 @@ type conn struct {
 	carried     bool            // brought here by a takeover
 	openPos     stream.Position // of its open record; 0: its handshake was not seen
 	out         Digest          // of the outstream since the newest cut
+	last        time.Time       // when either side said something new; zero: not known
+	expired     bool            // idle for too long: not protected
 	embryonic   bool            // the client has not answered the SYN-ACK
 	muted       bool            // its client has reset it; TCP may not know
 

@@ -48,6 +48,7 @@ type Machine struct {
 
 	limits Limits
 	mode   Mode
+	now    time.Time // of the newest packet
 	frozen bool
 
 	next   stream.Position // the next record's
@@ -122,6 +123,7 @@ func NewMachine(next stream.Position, firstConn stream.ConnID, limits Limits) *M
 // Packet is a caught packet. dying says that the server process is being torn
 // down by its kernel; it need be known only for outbound FIN and RST.
 func (m *Machine) Packet(now time.Time, id PacketID, s *Segment, dying bool) {
+	m.now = now
 	switch {
 	case m.mode == Detached:
 		m.Ready.Decide(id, Accept)
@@ -284,6 +286,9 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 		if !s.Flags.Has(RST) {
 			v = Drop
 		}
+	case c.expired && c.news(s):
+		m.revive(c)
+		v = Drop
 	case s.Flags.Has(RST):
 		if c.resets(s.Seq) {
 			m.Depend(stream.ClientReset{Conn: c.id, Seq: s.Seq})
@@ -355,6 +360,7 @@ func (m *Machine) take(c *conn, s *Segment) bool {
 		return false
 	}
 	m.urgent(c, s)
+	c.last = m.now
 	before := c.in.kept()
 	budget := min(m.limits.AheadPerConn-before, m.limits.Ahead-m.ahead)
 	ok := c.in.offer(s.Seq, s.Payload, fin, budget,
@@ -415,6 +421,10 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 		m.Ready.Decide(id, Drop)
 		return
 	}
+	if c != nil && c.expired && s.Len() > 0 {
+		m.revive(c)
+		c = nil // and so its packet is dropped below
+	}
 	if c != nil && s.Flags.Has(ACK) && c.in.nxt.Less(s.Ack) {
 		m.quarantine(c, id)
 		return
@@ -447,6 +457,9 @@ func (m *Machine) caught(c *conn, s *Segment) {
 		return // a stray acknowledgement is refused; the handshake stands (RFC 9293, 3.10.7.4)
 	}
 	c.noteCaught(s)
+	if s.Len() > 0 {
+		c.last = m.now
+	}
 	if s.Flags.Has(RST) || c.closed() {
 		m.tell(c)
 	}

@@ -89,6 +89,13 @@ func (p *machinePlay) do(d *scenario.Directive) string {
 		p.m.Doubt(p.now, d.Word(0) == "on")
 	case "pass":
 		p.now = p.now.Add(time.Duration(d.Number("s", 0)) * time.Second)
+	case "expire":
+		var names []string
+		for _, t := range p.m.Expire(p.now, time.Duration(d.Number("idle", 0))*time.Second) {
+			names = append(names, p.names[t.Client])
+		}
+		slices.Sort(names)
+		head = strings.TrimSpace("expired: "+strings.Join(names, " ")) + "\n"
 	case "generation":
 		p.m.Append(stream.Generation{ID: 1})
 	case "congested":

@@ -16,6 +16,7 @@ type Stats struct {
 	Refused      uint64 // packets dropped for want of room, or of a log
 	DyingDropped uint64 // FIN and RST of the dying server
 	Violations   uint64 // connections quarantined: their TCP ran ahead of the log
+	Expired      uint64 // connections taken out of protection for being idle
 	HeldP50      time.Duration
 	HeldP99      time.Duration
 }

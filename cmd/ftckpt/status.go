@@ -176,6 +176,9 @@ func writeStatus(w io.Writer, s control.Status) {
 	if s.QueueDrops != 0 || s.Divergences != 0 {
 		row("trouble", "%d packets dropped by a full queue, %d divergences", s.QueueDrops, s.Divergences)
 	}
+	if s.Expired != 0 {
+		row("expired", "%d connections were idle for too long and not protected any more", s.Expired)
+	}
 	if s.Recreate != "" {
 		row("re-creation", "%s, of connections younger than the generation", s.Recreate)
 	}

@@ -27,6 +27,9 @@ const (
 	MinInterval      = 100 * time.Millisecond // a generation freezes the server for about 10 ms at best
 	MaxInterval      = 24 * time.Hour
 
+	MinIdleExpiry = time.Second
+	MaxIdleExpiry = 30 * 24 * time.Hour
+
 	DefaultDetect = 200 * time.Millisecond
 	MinDetect     = 50 * time.Millisecond // below it a busy two-core host gives false alarms
 	MaxDetect     = time.Minute
@@ -85,21 +88,24 @@ type Common struct {
 // Protect are the settings of ftckpt protect.
 type Protect struct {
 	Common
-	Name      string         // of the service
-	PID       int            // root of the process tree to protect
-	VIPs      []netip.Prefix // the service's addresses, with the lengths of their networks
-	Dev       string         // interface the VIPs are on
-	Join      string         // what standby or logserver printed; exclusive with Log
-	Log       string         // nats:// or tls:// URL of a log of the user's own
-	Ports     []uint16       // to protect; empty: all the process listens on
-	Clients   []netip.Prefix // networks whose connections to protect; empty: all
-	Outgoing  []remote.Range // peers to which connections that the server opens from a VIP are protected
-	Interval  time.Duration  // between generations; 0: only when asked (ftckpt checkpoint)
-	Schedule  string         // cron expression of generations, instead of Interval; "": none
-	MaxReplay time.Duration  // take a generation when the log would take longer to replay; 0: however long
-	Commit    string         // CommitLog
-	OnCrash   string         // OnCrashFailover
-	Fenced    string         // FencedStop, FencedKill or FencedLeave: what becomes of a server that was replaced
+	Name     string         // of the service
+	PID      int            // root of the process tree to protect
+	VIPs     []netip.Prefix // the service's addresses, with the lengths of their networks
+	Dev      string         // interface the VIPs are on
+	Join     string         // what standby or logserver printed; exclusive with Log
+	Log      string         // nats:// or tls:// URL of a log of the user's own
+	Ports    []uint16       // to protect; empty: all the process listens on
+	Clients  []netip.Prefix // networks whose connections to protect; empty: all
+	Outgoing []remote.Range // peers to which connections that the server opens from a VIP are protected
+	Interval time.Duration  // between generations; 0: only when asked (ftckpt checkpoint)
+	// IdleExpiry is how long a connection may be idle and stay protected; 0: for
+	// ever.
+	IdleExpiry time.Duration
+	Schedule   string        // cron expression of generations, instead of Interval; "": none
+	MaxReplay  time.Duration // take a generation when the log would take longer to replay; 0: however long
+	Commit     string        // CommitLog
+	OnCrash    string        // OnCrashFailover
+	Fenced     string        // FencedStop, FencedKill or FencedLeave: what becomes of a server that was replaced
 }
 
 // Standby are the settings of ftckpt standby.

@@ -35,6 +35,7 @@ func (p *Protect) Flags(fs *pflag.FlagSet) {
 	fs.Var(&ports{dst: &p.Ports}, "port", "protect TCP port `P` (repeat for several; default all it listens on)")
 	fs.Var(&ranges{dst: &p.Outgoing}, "outgoing", "protect connections that the server opens from the VIP to `ADDR/LEN[:PORT]`, too (repeat for several)")
 	fs.Var(&prefixes{dst: &p.Clients, want: "NET/LEN, as 192.0.2.0/24"}, "client-net", "protect only connections from `NET/LEN` (repeat for several; default all); others pass untouched")
+	fs.DurationVar(&p.IdleExpiry, "idle-expiry", 0, "a connection idle for this `TIME` is no longer protected, and a takeover resets it; 0 for never")
 	fs.DurationVar(&p.Interval, "interval", DefaultInterval, "`TIME` between generations; 0 for only when asked (ftckpt checkpoint)")
 	p.Commit = CommitLog
 	fs.Var(&choice{dst: &p.Commit, now: []string{CommitLog}, later: []string{"ack", "checkpoint"}}, "commit", "when output may leave: `log`, once all it depends on is stable")

@@ -83,6 +83,9 @@ func (p *Protect) Validate() error {
 	if _, err := ParseSchedule(p.Schedule); err != nil {
 		return problem("schedule", "%w", err)
 	}
+	if p.IdleExpiry != 0 && (p.IdleExpiry < MinIdleExpiry || p.IdleExpiry > MaxIdleExpiry) {
+		return problem("idle-expiry", "%v is out of bounds: want %v to %v, or 0 for never", p.IdleExpiry, MinIdleExpiry, MaxIdleExpiry)
+	}
 	if p.MaxReplay != 0 && (p.MaxReplay < MinInterval || p.MaxReplay > MaxInterval) {
 		return problem("max-replay", "%v is out of bounds: want %v to %v, or 0 for never", p.MaxReplay, MinInterval, MaxInterval)
 	}

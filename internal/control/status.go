@@ -63,6 +63,7 @@ type Status struct {
 	Held        Held       `json:"held"`
 	QueueDrops  uint64     `json:"queue_drops"`
 	Divergences uint64     `json:"divergences"`
+	Expired     uint64     `json:"expired"` // connections no longer protected for having been idle (--idle-expiry)
 
 	// Recreate is how a takeover by this node makes connections again that are
 	// younger than the newest generation: "bpf", "translate", or "none", which

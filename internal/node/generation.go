@@ -50,6 +50,8 @@ type south struct {
 	// Translated says how the numbers of connections that were made again here, in
 	// the image, differ from those that their clients know.
 	Translated map[stream.ConnID]tcpwrap.Translation `json:"translated,omitempty"`
+	// Expired are connections of the image that are not protected.
+	Expired []stream.ConnID `json:"expired,omitempty"`
 	// Closing are connections that the server has closed, with which TCP is not
 	// done: their sockets are nobody's, and no image has them.
 	Closing []tcpwrap.Cut `json:"closing,omitempty"`
@@ -189,6 +191,7 @@ func (p *primary) dump(ctx context.Context, id uint64, dir string) (checkpoint.M
 			var a absent
 			a, err = classify(p.where.netns, p.svc, missing, p.drv.dp.Get)
 			sth.Unaccepted, sth.Closing = a.unaccepted, a.closing
+			sth.Expired = p.drv.machine.Expired()
 			if a.from != 0 {
 				m.From = min(m.From, a.from)
 			}

@@ -214,6 +214,7 @@ func (p *primary) generationsUntil(ctx context.Context) (ended <-chan struct{}) 
 					continue
 				}
 			case <-look.C:
+				p.expireIdle(time.Now())
 				_, why := pacer.Due(time.Now(), p.behind())
 				if why == "" {
 					why = room.urgent(ctx, p, time.Now())

@@ -117,7 +117,7 @@ func answer(ctx context.Context, ctl *control.Server, h control.Handler, log *sl
 func examine(cfg config.Protect) (service, error) {
 	svc := service{
 		Name: cfg.Name, VIPs: cfg.VIPs, Ports: cfg.Ports, Clients: cfg.Clients, Outgoing: cfg.Outgoing,
-		Dev: cfg.Dev, Interval: cfg.Interval, Schedule: cfg.Schedule, MaxReplay: cfg.MaxReplay,
+		Dev: cfg.Dev, Interval: cfg.Interval, Schedule: cfg.Schedule, MaxReplay: cfg.MaxReplay, IdleExpiry: cfg.IdleExpiry,
 	}
 	target, err := check.InspectTarget(cfg.PID)
 	if err != nil {

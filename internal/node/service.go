@@ -34,6 +34,9 @@ type service struct {
 	Interval  time.Duration  `json:"interval"`             // between generations, ns
 	Schedule  string         `json:"schedule,omitempty"`   // cron expression of generations, instead of Interval
 	MaxReplay time.Duration  `json:"max_replay,omitempty"` // ns, see pace.Plan
+	// IdleExpiry is how long a connection may be idle and stay protected, ns; 0: for
+	// ever.
+	IdleExpiry time.Duration `json:"idle_expiry,omitempty"`
 	// Anew says that the epoch began with a server that ran already: what it did
 	// before is in no log, so no generation of an earlier epoch leads to it.
 	Anew bool `json:"anew,omitempty"`
@@ -58,6 +61,8 @@ func parseService(b []byte) (service, error) {
 		len(s.Clients) > config.MaxClientNets, !allValid(s.Clients),
 		len(s.Ports) == 0, len(s.Ports) > config.MaxPorts, len(s.Outgoing) > config.MaxOutgoing, s.Interval < 0:
 		return s, fmt.Errorf("read the service's description: incomplete (%s)", b)
+	case s.IdleExpiry < 0:
+		return s, fmt.Errorf("read the service's description: connections that expire after %v", s.IdleExpiry)
 	case s.MaxReplay < 0:
 		return s, fmt.Errorf("read the service's description: a replay of at most %v", s.MaxReplay)
 	case s.Dev == "" || len(s.Dev) > 15 || strings.ContainsAny(s.Dev, "/ \t\n%"):

@@ -120,7 +120,7 @@ func (p *primary) Status() control.Status {
 			LagRecords: uint64(records), LagBytes: uint64(bytes), State: control.LogOK,
 		},
 		Held:       control.Held{Packets: m.Holding + m.Waiting, P50US: m.HeldP50.Microseconds(), P99US: m.HeldP99.Microseconds()},
-		QueueDrops: p.drv.dp.Drops(), Translated: p.drv.dp.Len(), Standbys: standbys, Takeovers: p.takes, Takeover: p.takeover, Divergences: p.divergences,
+		QueueDrops: p.drv.dp.Drops(), Translated: p.drv.dp.Len(), Standbys: standbys, Takeovers: p.takes, Takeover: p.takeover, Divergences: p.divergences, Expired: m.Expired,
 	}
 	if p.gen.gen.ID != 0 {
 		s.Generation = control.Generation{

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/ftckpt/ftckpt/checkpoint"
@@ -328,6 +329,10 @@ func (r *recovery) plan() error {
 		ln := r.ledger.Line(id)
 		if ln != nil {
 			sv.Ended, sv.Digests, sv.Logged = ln.Ended, ln.Digests, ln.Logged
+			sv.Expired = ln.Ended && ln.Reason == stream.EndExpired
+		}
+		if slices.Contains(sth.Expired, id) { // the log may have lost the notice
+			sv.Ended, sv.Expired = true, true
 		}
 		if ln != nil && ln.Known {
 			sv.State, sv.Known = ln.State, true
@@ -510,16 +515,21 @@ func (r *recovery) rollForward(ctx context.Context, pid int) error {
 		if stuck != nil {
 			gone = append(gone, r.engine.Condemn()...)
 		}
-		r.gone = gone
-		for _, c := range gone {
-			r.clock.t.Resets++
-			r.log.Error("connection reset: its recovery cannot be exact", "conn", c.Tuple, "why", c.Why)
-		}
+		r.giveUp(gone)
 	})
 	st := r.engineStats()
 	r.clock.step("replayed", &r.clock.t.ReplayMS,
 		"injected", st.Injected, "injected_bytes", st.InjectedBytes, "swallowed_bytes", st.SwallowedBytes, "resent", st.Resent, "kept", st.Kept, "taken_bytes", st.TakenBytes)
 	return nil
+}
+
+// giveUp counts and tells connections that the engine has reset.
+func (r *recovery) giveUp(gone []replay.Condemned) {
+	r.gone = append(r.gone, gone...)
+	for _, c := range gone {
+		r.clock.t.Resets++
+		r.log.Error("connection reset: its recovery cannot be exact", "conn", c.Tuple, "why", c.Why)
+	}
 }
 
 func (r *recovery) engineStats() (st replay.Stats) {
@@ -594,6 +604,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	var live int
 	r.drv.with(func() {
 		cuts, waiting := r.engine.GoLive()
+		r.giveUp(r.engine.Condemned())
 		live = len(cuts) + r.engine.Remaining()
 		m := tcpwrap.NewMachine(r.engine.Next(), next, tcpwrap.DefaultLimits())
 		m.StableSoFar(r.w.Stable())
