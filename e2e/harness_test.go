@@ -191,7 +191,7 @@ func (w *world) end() {
 		w.Logf("waited %.1f s for: all agents stop", took.Seconds())
 	}
 	for _, s := range w.servers {
-		_ = s.Signal(syscall.SIGKILL)
+		_ = s.Signal(s.end)
 		<-s.Done()
 	}
 	w.killRestored()
@@ -293,7 +293,8 @@ func (w *world) addrs() []string {
 type server struct {
 	*lab.Process
 	host *lab.Host
-	name string // of its program
+	name string         // of its program
+	end  syscall.Signal // that ends it, and what it has started
 }
 
 // kill is kill -9.
@@ -310,7 +311,7 @@ func (w *world) serve(h *lab.Host, args ...string) *server {
 	w.starts++
 	p, err := h.Start(lab.Service{Name: fmt.Sprintf("server-%d", w.starts), Args: args, HighPID: true})
 	w.must(err)
-	s := &server{p, h, filepath.Base(args[0])}
+	s := &server{p, h, filepath.Base(args[0]), syscall.SIGKILL}
 	w.servers = append(w.servers, s)
 	w.until("the server accepts connections", func() bool {
 		select {

@@ -86,15 +86,22 @@ func (w *world) killRestored() {
 		if !h.Alive() {
 			continue
 		}
+		var pids []string
 		for _, p := range w.look(h)["process"] {
 			f := strings.Fields(p)
-			if len(f) < 4 || !slices.ContainsFunc(w.servers, func(s *server) bool { return filepath.Base(f[3]) == s.name }) {
-				continue
+			// nginx calls its processes "nginx: ...".
+			if len(f) >= 4 && slices.ContainsFunc(w.servers, func(s *server) bool { return strings.TrimSuffix(filepath.Base(f[3]), ":") == s.name }) {
+				pids = append(pids, f[0])
 			}
-			out, err := h.Command("sh", "-c", "kill -9 "+f[0]+" && rm -f /run/ftckpt/capsule-*.json").CombinedOutput()
-			if err != nil {
-				w.Errorf("end the restored server (%s): %v: %s", p, err, out)
-			}
+		}
+		if len(pids) == 0 {
+			continue
+		}
+		all := strings.Join(pids, " ")
+		// Stopped first, or a master would replace the worker that is killed before it.
+		out, err := h.Command("sh", "-c", "kill -STOP "+all+" && kill -9 "+all+" && rm -f /run/ftckpt/capsule-*.json").CombinedOutput()
+		if err != nil {
+			w.Errorf("end the restored server (%s): %v: %s", all, err, out)
 		}
 	}
 }

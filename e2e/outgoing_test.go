@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -28,7 +29,7 @@ func (w *world) startBackend() {
 	p, err := w.logHost.Start(lab.Service{Name: "backend", Args: []string{"redis-server", "--port", port, "--save", "",
 		"--appendonly", "no", "--protected-mode", "no", "--dir", w.logHost.Dir()}})
 	w.must(err)
-	w.servers = append(w.servers, &server{p, w.logHost, "redis-server"})
+	w.servers = append(w.servers, &server{p, w.logHost, "redis-server", syscall.SIGKILL})
 	w.until("the back end accepts connections", func() bool {
 		ctx, cancel := context.WithTimeout(w.Context(), time.Second)
 		defer cancel()

@@ -4,7 +4,7 @@
 #   deps.sh [runtime] [test] [criu]        (no argument: all three)
 #
 #   runtime  iptables, ip, nsenter, ps/sysctl
-#   test     redis-server and its tools, tcpdump, a C compiler for the race
+#   test     redis-server and its tools, nginx, tcpdump, a C compiler for the race
 #            detector; no service is left running
 #   criu     a CRIU that really dumps and restores an established TCP
 #            connection on this kernel: the distribution's where it does, else
@@ -72,8 +72,11 @@ install_missing() {
 	local p
 	for p in "${MISSING[@]}"; do
 		# Where systemd is, an enabled unit would start at the next boot.
-		[ "$p" = redis-server ] && command -v systemctl >/dev/null &&
-			systemctl disable redis-server.service >/dev/null 2>&1
+		command -v systemctl >/dev/null || break
+		case $p in
+		redis-server) systemctl disable redis-server.service >/dev/null 2>&1 ;;
+		nginx) systemctl disable nginx.service >/dev/null 2>&1 ;;
+		esac
 	done
 	return 0
 }
@@ -317,6 +320,7 @@ for part in "$@"; do
 	test)
 		need redis-server redis-server
 		need redis-cli redis-tools
+		need nginx nginx
 		need tcpdump tcpdump
 		need gcc gcc # with libc6-dev, for the race detector
 		[ -e /usr/include/stdlib.h ] || MISSING+=(libc6-dev)

@@ -156,6 +156,22 @@ func Dying(pid int) bool {
 	return w.Life() != Alive
 }
 
+// LifeOf is how far process pid has come; there is false when it is gone, or was
+// never there.
+func LifeOf(pid int) (life Life, there bool) {
+	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return Died, false
+	}
+	defer unix.Close(fd)
+	var buf [1024]byte
+	n, err := unix.Pread(fd, buf[:], 0)
+	if err != nil {
+		return Died, false
+	}
+	return lifeIn(buf[:n]), true
+}
+
 // lifeIn reads a line of /proc/PID/stat (proc_pid_stat(5)): state is field 3,
 // flags field 9, the exit code the last one, counted after the command's closing
 // parenthesis, for the command may hold anything. The exit code is that of the

@@ -34,12 +34,15 @@ type driver struct {
 	engine  *replay.Engine   // nil but during and just after a takeover
 	writer  *stream.Writer
 	dying   func() bool // of the server process, for its FIN and RST
+	tree    *tree       // the processes below it; nil: unknown
 	bear    func(*replay.Birth)
 	busy    func() bool // the restored server is at work
 	failed  func(error) // the log ended or refused a record
 
 	unplugged atomic.Bool // the link has no carrier, or had none a moment ago
 	doubt     bool
+
+	farewells []farewell
 
 	congested bool
 	broken    bool // a record could not be appended
@@ -146,7 +149,11 @@ func (d *driver) packet(now time.Time, p *tcpwrap.Packet) {
 		d.dp.Verdict(p.ID, tcpwrap.Drop) // nothing may be made in a server that is being dumped
 	case d.engine != nil && d.engine.Owns(s.Tuple) && d.engine.Packet(now, p.ID, &s):
 	case d.machine != nil:
-		dying := p.Dir == tcpwrap.Outbound && s.Flags&(tcpwrap.FIN|tcpwrap.RST) != 0 && d.dying()
+		ends := p.Dir == tcpwrap.Outbound && s.Flags&(tcpwrap.FIN|tcpwrap.RST) != 0
+		dying := ends && d.dying()
+		if ends && !dying && d.defers(now, p.ID, &s) {
+			return
+		}
 		d.machine.Packet(now, p.ID, &s, dying)
 	default:
 		d.dp.Verdict(p.ID, tcpwrap.Drop)
@@ -264,6 +271,7 @@ func (d *driver) tick() {
 				d.doubtful(now)
 			}
 			if d.machine != nil {
+				d.settleFarewells(now)
 				d.machine.Tick()
 			}
 			d.finish()

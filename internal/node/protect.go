@@ -225,7 +225,7 @@ func (p *primary) claim(ctx context.Context, watch *tcpwrap.ProcWatch, prev stre
 	p.rules.Queue = number
 	p.drv = newDriver(q, p.translated, p.log)
 	p.translated.putInto(p.drv.dp)
-	p.drv.dying, p.drv.failed = watch.Dying, p.end
+	p.drv.dying, p.drv.tree, p.drv.failed = watch.Dying, newTree(p.where.pid), p.end
 	p.w.OnStable(p.drv.stable)
 	m := tcpwrap.NewMachine(p.w.Next(), p.nextConn, tcpwrap.DefaultLimits())
 	svc := p.svc

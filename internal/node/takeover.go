@@ -592,7 +592,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 		return nil, err
 	}
 	r.drv.failed = p.end
-	r.drv.dying = watch.Dying
+	r.drv.dying, r.drv.tree = watch.Dying, newTree(res.PID)
 	next := sth.NextConn
 	r.mu.Lock()
 	r.ledger.Lines(func(l *replay.Line) { next = max(next, l.Conn+1) })
