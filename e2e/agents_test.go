@@ -77,7 +77,11 @@ func (w *world) startLog(args ...string) *agent {
 // tryProtect starts protect without waiting for anything.
 func (w *world) tryProtect(pid int, join string, args ...string) *agent {
 	w.Helper()
-	return w.start(w.primary, []string{"FTCKPT_JOIN=" + join},
+	var env []string
+	if join != "" {
+		env = append(env, "FTCKPT_JOIN="+join)
+	}
+	return w.start(w.primary, env,
 		append([]string{"protect", "--pid", strconv.Itoa(pid), "--vip", strings.Join(w.vips, ","), "--dev", "eth0", "--interval", "1s"}, args...)...)
 }
 

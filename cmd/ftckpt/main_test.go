@@ -49,7 +49,6 @@ func TestRefusals(t *testing.T) {
 		{good + " --join J --commit ack", nil, 2, `invalid argument "ack" for "--commit" flag: not in this version yet; it has log (see "ftckpt protect --help")`},
 		{good + " --join J --commit checkpoint", nil, 2, `invalid argument "checkpoint" for "--commit" flag: not in this version yet; it has log (see "ftckpt protect --help")`},
 		{good + " --join J --commit never", nil, 2, `invalid argument "never" for "--commit" flag: want log (see "ftckpt protect --help")`},
-		{good + " --join J --on-crash local", nil, 2, `invalid argument "local" for "--on-crash" flag: not in this version yet; it has failover (see "ftckpt protect --help")`},
 		{good + " --join J --schedule daily", nil, 3, `--schedule: "daily" is no cron expression: expected exactly 5 fields, found 1: [daily]`},
 		{good + " --join J --idle-expiry 1ms", nil, 3, `--idle-expiry: 1ms is out of bounds: want 1s to 720h0m0s, or 0 for never`},
 		{good + " --join J --max-replay 1ms", nil, 3, `--max-replay: 1ms is out of bounds: want 100ms to 24h0m0s, or 0 for never`},

@@ -55,6 +55,7 @@ const (
 	FencedKill       = "kill"
 	FencedLeave      = "leave"
 	OnCrashFailover  = "failover"
+	OnCrashLocal     = "local"
 	ModeCold         = "cold"
 	ModeWarm         = "warm"
 	RecreateAuto     = "auto"
@@ -104,7 +105,7 @@ type Protect struct {
 	Schedule   string        // cron expression of generations, instead of Interval; "": none
 	MaxReplay  time.Duration // take a generation when the log would take longer to replay; 0: however long
 	Commit     string        // CommitLog
-	OnCrash    string        // OnCrashFailover
+	OnCrash    string        // OnCrashFailover or OnCrashLocal
 	Fenced     string        // FencedStop, FencedKill or FencedLeave: what becomes of a server that was replaced
 }
 

@@ -40,7 +40,8 @@ func (p *Protect) Flags(fs *pflag.FlagSet) {
 	p.Commit = CommitLog
 	fs.Var(&choice{dst: &p.Commit, now: []string{CommitLog}, later: []string{"ack", "checkpoint"}}, "commit", "when output may leave: `log`, once all it depends on is stable")
 	p.OnCrash = OnCrashFailover
-	fs.Var(&choice{dst: &p.OnCrash, now: []string{OnCrashFailover}, later: []string{"local"}}, "on-crash", "what follows the server's death: `failover`, to a standby")
+	fs.Var(&choice{dst: &p.OnCrash, now: []string{OnCrashFailover, OnCrashLocal}}, "on-crash",
+		"what follows the server's death on a living host: `failover|local`, to a standby or to a restored server on this host")
 	p.Fenced = FencedStop
 	fs.Var(&choice{dst: &p.Fenced, now: []string{FencedStop, FencedKill, FencedLeave}}, "fenced-server",
 		"`stop|kill|leave` the server here once another node has taken the service over: SIGSTOP, SIGKILL, or nothing")

@@ -129,7 +129,7 @@ func TestLoadErrors(t *testing.T) {
 		{"bad env", map[string]string{"FTCKPT_INTERVAL": "soon"}, "", `FTCKPT_INTERVAL: invalid value "soon": time: invalid duration "soon"`},
 		{"env of a later version", map[string]string{"FTCKPT_COMMIT": "ack"}, "", `FTCKPT_COMMIT: invalid value "ack": not in this version yet; it has log`},
 		{"bad value in the file", nil, "name: a\npid: many\n", `FILE: line 2: pid: invalid value "many": strconv.ParseInt: parsing "many": invalid syntax`},
-		{"bad choice", nil, "on-crash: never", `FILE: line 1: on-crash: invalid value "never": want failover`},
+		{"bad choice", nil, "on-crash: never", `FILE: line 1: on-crash: invalid value "never": want failover or local`},
 		{"unknown key", nil, "name: a\nprot: 1\n", `FILE: line 2: unknown key "prot" (keys are the names of the flags)`},
 		{"env name as key", nil, "run_dir: /x", `FILE: line 1: unknown key "run_dir" (keys are the names of the flags)`},
 		{"the file names a file", nil, "config: /x", `FILE: line 1: unknown key "config" (keys are the names of the flags)`},

@@ -96,7 +96,7 @@ func (p *Protect) Validate() error {
 	if err != nil {
 		return err
 	}
-	if u.Embedded() {
+	if u.Embedded() && p.OnCrash != OnCrashLocal {
 		return problem("log", "a log in the primary's own process would die with it: take the join string of a standby or a logserver, or the URL of a NATS server elsewhere")
 	}
 	return nil

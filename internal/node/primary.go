@@ -83,6 +83,7 @@ type primary struct {
 	divergences uint64    // connections on which the restored server said something else
 	spared      bool      // run has ended and the server lives on
 
+	local        bool             // a server that dies is restored on this host
 	beating      bool             // its heartbeats are sent since the takeover
 	fencedServer string           // config.FencedStop and so on: what becomes of it once it is replaced
 	moving       sync.WaitGroup   // a planned move is under way
@@ -341,13 +342,20 @@ func (p *primary) serverGone() error {
 	p.log.Error("the server process is gone", "pid", p.where.pid, "event", "server-exit", "time", died.Format(time.RFC3339Nano))
 	p.drv.with(func() {
 		p.drv.machine.Stop()
-		p.drv.machine.Append(stream.ServerExit{})
+		if p.local {
+			p.drv.machine.Append(stream.Handover{Node: p.node}) // other standbys leave it to us
+		} else {
+			p.drv.machine.Append(stream.ServerExit{})
+		}
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), partingTime)
 	defer cancel()
 	err := p.w.Drain(ctx)
 	if !errors.Is(err, stream.ErrFenced) && err != nil {
 		p.log.Warn("the log does not take the news; a standby will notice the silence", "err", err)
+	}
+	if p.local && !errors.Is(err, stream.ErrFenced) {
+		return p.leaveHost(errServerDied)
 	}
 	if len(p.liveStandbys()) == 0 && err == nil {
 		p.log.Error("no standby is there to take over; its clients will be reset when the address is removed or the rules are")

@@ -62,16 +62,21 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	defer watch.Close()
 
 	octx, cancel := context.WithTimeout(ctx, openTime)
-	lg, err := openLog(octx, cfg)
+	lg, srv, err := openLog(octx, cfg)
 	cancel()
 	if err != nil {
 		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("open the log: %w", err))
 	}
-	defer lg.Close()
+	defer func() {
+		_ = lg.Close()
+		if srv != nil {
+			srv.Shutdown()
+		}
+	}()
 	p := newPrimary(&primary{
 		log: log, out: out, node: node, svc: svc,
 		where: place{pid: cfg.PID, dev: cfg.Dev, leave: func() error { return removeVIPs(cfg) }},
-		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), criu: criu,
+		lg:    lg, store: lg.Store(stream.StoreOptions{}), url: lg.URL(), server: srv, criu: criu,
 		rules: &tcpwrap.Rules{
 			Name: instance(cfg.Name, cfg.RunDir), VIPs: svc.addrs(), Ports: svc.Ports, Clients: svc.Clients, Peers: svc.Outgoing, Dev: svc.Dev, Mark: packetMark,
 		},
@@ -92,8 +97,18 @@ func Protect(ctx context.Context, cfg config.Protect, out io.Writer, log *slog.L
 	if err := p.claim(ctx, watch, prev); err != nil {
 		return err
 	}
-	defer answer(ctx, ctl, p, log)()
-	return p.run(ctx)
+	if cfg.OnCrash != config.OnCrashLocal {
+		defer answer(ctx, ctl, p, log)()
+		return p.run(ctx)
+	}
+	s, end, err := newSuccessor(ctx, cfg, p, out, log)
+	if err != nil {
+		return errors.Join(err, p.part())
+	}
+	defer end()
+	p.local = true
+	defer answer(ctx, ctl, s, log)()
+	return s.succeed(ctx, p.run(ctx))
 }
 
 // answer serves a control socket until ctx ends or end is called, which waits
@@ -200,12 +215,23 @@ func logConfig(name, join, url string) (c stream.Config, embed string, err error
 	return c, "", nil
 }
 
-func openLog(ctx context.Context, cfg config.Protect) (*stream.Log, error) {
-	c, _, err := logConfig(cfg.Name, cfg.Join, cfg.Log)
+// openLog opens the log; srv is its server when that is in this process, which
+// only --on-crash local may want.
+func openLog(ctx context.Context, cfg config.Protect) (lg *stream.Log, srv *stream.Server, err error) {
+	c, embed, err := logConfig(cfg.Name, cfg.Join, cfg.Log)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return stream.Open(ctx, c)
+	if embed != "" {
+		if srv, err = embedLog(cfg.Common, embed); err != nil {
+			return nil, nil, err
+		}
+		c.Server = srv
+	}
+	if lg, err = stream.Open(ctx, c); err != nil && srv != nil {
+		srv.Shutdown()
+	}
+	return lg, srv, err
 }
 
 // claim becomes the primary after the one of the fence at prev: fence first,

@@ -61,6 +61,7 @@ type standby struct {
 	judge      *roles.Judge
 	primary    *primary // after the takeover
 	taking     bool
+	restores   bool // it is its own primary's (see successor)
 
 	news   chan struct{} // a new generation is in the log
 	change chan struct{} // the ledger moved
@@ -180,9 +181,8 @@ func (s *standby) openLog(ctx context.Context) error {
 		return err
 	}
 	if embed != "" {
-		s.srv, err = stream.StartServer(stream.ServerOptions{Listen: embed, StoreDir: filepath.Join(s.cfg.StateDir, "log")})
-		if err != nil {
-			return exitcode.Wrap(exitcode.Failed, fmt.Errorf("start the embedded log: %w", err))
+		if s.srv, err = embedLog(s.cfg.Common, embed); err != nil {
+			return err
 		}
 		c.Server = s.srv
 		s.url = "embed://" + s.srv.Addr()
@@ -195,6 +195,15 @@ func (s *standby) openLog(ctx context.Context) error {
 	}
 	s.store = s.lg.Store(stream.StoreOptions{})
 	return nil
+}
+
+// embedLog starts a log server in this process.
+func embedLog(c config.Common, listen string) (*stream.Server, error) {
+	srv, err := stream.StartServer(stream.ServerOptions{Listen: listen, StoreDir: filepath.Join(c.StateDir, "log")})
+	if err != nil {
+		return nil, exitcode.Wrap(exitcode.Failed, fmt.Errorf("start the embedded log: %w", err))
+	}
+	return srv, nil
 }
 
 func (s *standby) closeLog() {

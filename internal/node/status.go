@@ -167,6 +167,8 @@ func (p *primary) unprotected(state stream.WriterState, standbys []control.Stand
 		return fmt.Sprintf("no generation yet: %v", p.genErr)
 	case p.gen.gen.ID == 0:
 		return "no generation yet"
+	case len(standbys) == 0 && p.local: // this host is what the operator chose
+		return ""
 	case len(standbys) == 0:
 		return "no standby"
 	case !ready:

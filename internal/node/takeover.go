@@ -102,7 +102,7 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 		// nothing, so that another standby may still save them.
 		return exitcode.Wrap(exitcode.Failed, fmt.Errorf("take over %s: %w", s.cfg.Name, err))
 	}
-	p.beating = true
+	p.beating, p.local = true, s.restores
 	return s.reign(ctx, p)
 }
 
