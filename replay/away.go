@@ -227,6 +227,7 @@ func (e *Engine) attends(l *line) bool {
 
 // attend takes a client's segment in the place of its server.
 func (e *Engine) attend(l *line, id tcpwrap.PacketID, s *tcpwrap.Segment) {
+	e.touch(l)
 	e.Ready.Decide(id, tcpwrap.Drop)
 	a := l.away
 	switch {
