@@ -242,7 +242,7 @@ func NewEngine(survivors []Survivor) *Engine {
 		}
 		l.expired = s.Expired
 		l.compareWith(s.Digests)
-		offered := c.RcvEdge
+		offered := c.RcvNxt.Add(c.RcvWnd)
 		if s.Known {
 			l.ack = seqnum.Max(l.ack, s.State.ClientAck)
 			l.edge = seqnum.Max(l.edge, s.State.ClientEdge)

@@ -191,9 +191,9 @@ func (l *line) here() tcpwrap.Cut {
 		c.SndWnd = c.SndUna.To(l.edge)
 	}
 	c.ClientTS, c.ServerTS = l.clientTS, l.kTS
-	c.RcvEdge = l.logged
-	if l.away != nil {
-		c.RcvEdge = l.away.offered
+	c.RcvWnd = 0
+	if l.away != nil && l.logged.Less(l.away.offered) {
+		c.RcvWnd = l.logged.To(l.away.offered)
 	}
 	c.ServerUp, c.Urgent = l.serverUp, l.serverUrgent && c.SndUna.Less(l.serverUp)
 	return c

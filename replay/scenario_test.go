@@ -120,7 +120,7 @@ func (p *enginePlay) survivor(d *scenario.Directive) {
 		SndUna: num(d, "una", 0), SndNxt: num(d, "nxt", d.Number("una", 0)), SndWnd: seqnum.Size(d.Number("wnd", 1000)),
 		SndWScale: uint8(d.Number("scale", 0)), HasTS: d.Has("ts"), ClientTS: 5,
 	}, TS: uint32(d.Number("ts", 0)), Ended: d.Has("ended")}
-	s.Cut.RcvEdge = num(d, "offered", d.Number("rcv", 0))
+	s.Cut.RcvWnd = s.Cut.RcvNxt.To(num(d, "offered", d.Number("rcv", 0)))
 	if d.Has("logged") { // by way of a ledger, as in life
 		l := replay.NewLedger()
 		l.Apply(p.now, stream.Entry{Pos: 1, Rec: stream.Bytes{Conn: id, Seq: num(d, "from", d.Number("rcv", 0)), Payload: make([]byte, d.Number("logged", 0)-d.Number("from", d.Number("rcv", 0)))}})

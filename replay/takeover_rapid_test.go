@@ -144,6 +144,7 @@ func (w *world) takeover() {
 	}
 
 	rewound, boast := w.chance(3), w.chance(3)
+	w.boasted = w.boasted || boast
 	restored := w.now
 	for i, s := range g.socks {
 		ts := survivors[i].TS

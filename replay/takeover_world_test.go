@@ -85,6 +85,7 @@ type world struct {
 	fed    int // records the ledger has
 	gens   []*generation
 
+	boasted  bool // a restored TCP may have offered far too much
 	id       tcpwrap.PacketID
 	waits    map[tcpwrap.PacketID]*caught
 	toServer []tcpwrap.Segment
@@ -259,6 +260,9 @@ func (w *world) made(o *tcpwrap.Outgoing, ip []byte) {
 		w.t.Fatal("a reset before go-live")
 	}
 	w.promise(&s)
+	if w.silent && !w.boasted && !o.Flags.Has(tcpwrap.SYN) && o.Window > 1508 { // the largest buffer, rounded up
+		w.t.Fatalf("client %d hears of a window of %d, which it was never given", o.Tuple.Client.Port()-40000, o.Window)
+	}
 	w.toClient = append(w.toClient, s)
 }
 

@@ -225,7 +225,8 @@ type Status struct {
 	Messages, Bytes, MaxBytes int64
 	First, Last               StreamSeq
 	Replicas                  int
-	Leader                    string // "" when the server is no cluster
+	Leader                    string        // "" when the server is no cluster
+	Age                       time.Duration // of the newest message, by the server's clock; 0 when there is none
 }
 
 // Status asks the server.
@@ -241,6 +242,9 @@ func (l *Log) Status(ctx context.Context) (Status, error) {
 	s := Status{
 		Messages: int64(r.State.Msgs), Bytes: int64(r.State.Bytes), MaxBytes: r.Config.MaxBytes,
 		First: StreamSeq(r.State.FirstSeq), Last: StreamSeq(r.State.LastSeq), Replicas: r.Config.Replicas,
+	}
+	if r.State.Msgs > 0 {
+		s.Age = max(0, r.TimeStamp.Sub(r.State.LastTime))
 	}
 	if r.Cluster != nil && r.Cluster.Name != "" {
 		s.Leader = r.Cluster.Leader

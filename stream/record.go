@@ -62,7 +62,8 @@ type Record interface {
 	Kind() Kind
 }
 
-// Hello opens an epoch: it is the first record a new primary writes, and tells
+// Hello opens an epoch: it is the first record a live primary writes (a standby that
+// takes over may have logged what clients sent to it before), and tells
 // a reader what the service is. Config is a small JSON document of the
 // service's name, VIP and ports; the log does not interpret it.
 type Hello struct {

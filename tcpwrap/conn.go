@@ -17,8 +17,7 @@ type Cut struct {
 	SndUna seqnum.Value
 	SndNxt seqnum.Value
 	SndWnd seqnum.Size // what the client offers beyond SndUna, octets
-	// RcvEdge is the right edge of the window that the client has been given.
-	RcvEdge seqnum.Value
+	RcvWnd seqnum.Size // what is left of the window that the client was given, beyond RcvNxt
 	// Shift counts of the windows (RFC 7323): Snd scales what the client
 	// advertises, Rcv what the server does. HasTS: timestamps are on.
 	SndWScale, RcvWScale uint8
@@ -110,7 +109,7 @@ func newConn(id stream.ConnID, c Cut) *conn {
 		sndWScale: c.SndWScale, rcvWScale: c.RcvWScale, hasTS: c.HasTS,
 		clientAck: c.SndUna, clientEdge: c.SndUna.Add(c.SndWnd), clientTS: c.ClientTS,
 		serverNxt: c.SndNxt, serverTS: c.ServerTS, sentNxt: seqnum.Max(c.SndUna, c.SndNxt), rcvAck: c.RcvNxt,
-		openPos: c.Open, dialled: c.Dialled, told: c.SndUna, serverEdge: seqnum.Max(c.RcvNxt, c.RcvEdge),
+		openPos: c.Open, dialled: c.Dialled, told: c.SndUna, serverEdge: c.RcvNxt.Add(c.RcvWnd),
 	}
 	n.serverUp, n.serverUrgent = c.ServerUp, c.Urgent
 	n.in.nxt = c.RcvNxt
@@ -128,7 +127,10 @@ func (c *conn) here() Cut {
 	k := Cut{
 		Conn: c.id, Tuple: c.tuple, RcvNxt: c.in.nxt, SndUna: c.clientAck, SndNxt: c.sentNxt,
 		SndWScale: c.sndWScale, RcvWScale: c.rcvWScale, HasTS: c.hasTS, ClientTS: c.clientTS, ServerTS: c.serverTS,
-		ClientFin: c.in.fin, ServerFin: c.serverFin, Open: c.openPos, Dialled: c.dialled, RcvEdge: c.serverEdge,
+		ClientFin: c.in.fin, ServerFin: c.serverFin, Open: c.openPos, Dialled: c.dialled,
+	}
+	if c.in.nxt.Less(c.serverEdge) {
+		k.RcvWnd = c.in.nxt.To(c.serverEdge)
 	}
 	if c.clientAck.Less(c.clientEdge) {
 		k.SndWnd = c.clientAck.To(c.clientEdge)

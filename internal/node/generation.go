@@ -267,12 +267,16 @@ func carried(svc service, s checkpoint.Socket) bool {
 func cutOf(svc service, s checkpoint.Socket) tcpwrap.Cut {
 	clientFin := s.State == checkpoint.CloseWait || s.State == checkpoint.LastAck || s.State == checkpoint.Closing
 	serverFin := s.State == checkpoint.FinWait1 || s.State == checkpoint.FinWait2 || s.State == checkpoint.LastAck || s.State == checkpoint.Closing
+	var offered seqnum.Size
+	if edge := s.RcvWup.Add(seqnum.Size(s.RcvWnd)); s.RcvNxt.Less(edge) {
+		offered = s.RcvNxt.To(edge)
+	}
 	return tcpwrap.Cut{
 		Tuple: s.Tuple, RcvNxt: s.RcvNxt, SndUna: s.SndUna, SndNxt: s.SndNxt, SndWnd: seqnum.Size(s.SndWnd),
 		SndWScale: s.SndWScale, RcvWScale: s.RcvWScale,
 		HasTS: s.Options&checkpoint.OptTimestamps != 0, ServerTS: s.Timestamp,
 		ClientFin: clientFin, ServerFin: serverFin, Dialled: svc.dialled(s.Tuple),
-		RcvEdge: s.RcvWup.Add(seqnum.Size(s.RcvWnd)),
+		RcvWnd: offered,
 	}
 }
 

@@ -32,7 +32,7 @@ func (s *standby) openCapsule(ctx context.Context) (*resident, error) {
 		}
 		if !empty {
 			pid, err := childOf(c.InitPID())
-			if err != nil {
+			if err != nil && !errors.Is(err, errNoChild) { // it has none before a restore is done
 				return nil, fmt.Errorf("find the service in the capsule an earlier agent left: %w", err)
 			}
 			s.capsule = c
@@ -54,6 +54,8 @@ func (s *standby) openCapsule(ctx context.Context) (*resident, error) {
 	return nil, nil
 }
 
+var errNoChild = errors.New("init has no child")
+
 // childOf finds the one child of a capsule's init: the root of the service.
 func childOf(init int) (int, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", init, init))
@@ -62,7 +64,7 @@ func childOf(init int) (int, error) {
 	}
 	f := strings.Fields(string(b))
 	if len(f) == 0 {
-		return 0, errors.New("init has no child")
+		return 0, errNoChild
 	}
 	return strconv.Atoi(f[0])
 }
@@ -70,6 +72,10 @@ func childOf(init int) (int, error) {
 // resume protects the resident service as its primary again, if the log says
 // that this node still is the one.
 func (s *standby) resume(ctx context.Context, r *resident) error {
+	if r.pid == 0 {
+		s.capsule.Release()
+		return fmt.Errorf("find the service in the capsule an earlier agent left: %w", errNoChild)
+	}
 	s.log.Info("the service lives in this host's capsule: protecting it again", "pid", r.pid)
 	svc, owner, err := s.inherited(ctx)
 	if err != nil {
@@ -153,4 +159,29 @@ func capsuleRules(cfg config.Standby, svc service, c *capsule.Capsule) *tcpwrap.
 		Name: instance(cfg.Name, cfg.RunDir), VIPs: svc.addrs(), Ports: svc.Ports, Clients: svc.Clients, Peers: svc.Outgoing,
 		Mark: packetMark, NetNS: c.NetNS(),
 	}
+}
+
+// wentLive reports whether the newest takeover came to its end: a primary that is
+// live says Hello first, and takes generations later. A server of a takeover that
+// was cut short has not heard all that the log says.
+func (s *standby) wentLive(ctx context.Context) (yes bool, err error) {
+	owner, err := s.lg.LastFence(ctx)
+	if err != nil {
+		return false, fmt.Errorf("read the newest fence: %w", err)
+	}
+	st, err := s.lg.Status(ctx)
+	if err != nil {
+		return false, fmt.Errorf("ask for the log's extent: %w", err)
+	}
+	err = s.lg.ReadTo(ctx, max(st.First, owner.Seq), st.Last, func(e stream.Entry) error {
+		switch e.Rec.(type) {
+		case stream.Hello, stream.Generation:
+			yes = yes || e.Epoch == owner.Epoch
+		}
+		return nil
+	})
+	if err != nil {
+		return false, fmt.Errorf("read the log of epoch %d: %w", owner.Epoch, err)
+	}
+	return yes || owner.Node != s.node, nil // resume says what becomes of one that was replaced
 }

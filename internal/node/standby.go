@@ -26,6 +26,10 @@ import (
 
 const (
 	detectEvery = 5 * time.Millisecond
+	// clientPatience is for how long a client's TCP repeats what is not acknowledged
+	// (Linux gives up after 924 s, tcp_retries2): a service of which the log has
+	// heard nothing for longer is brought back only if somebody says so.
+	clientPatience = 15 * time.Minute
 	// reopenAfter paces a log that cannot be read.
 	reopenAfter = 500 * time.Millisecond
 )
@@ -62,6 +66,7 @@ type standby struct {
 	primary    *primary // after the takeover
 	taking     bool
 	restores   bool // it is its own primary's (see successor)
+	awaited    bool // clients may be waiting since before this standby began
 
 	news   chan struct{} // a new generation is in the log
 	change chan struct{} // the ledger moved
@@ -156,7 +161,24 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		return err
 	}
 	if left != nil {
-		return s.resume(ctx, left)
+		live, err := s.wentLive(ctx)
+		if err != nil {
+			s.capsule.Release()
+			return err
+		}
+		if live {
+			return s.resume(ctx, left)
+		}
+		log.Warn("the agent before was ended in the middle of a takeover: what it had restored is of no use")
+		if err := s.capsule.Close(); err != nil {
+			return fmt.Errorf("end the capsule of a takeover that was cut short: %w", err)
+		}
+		if _, err := s.openCapsule(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.lookAtLog(ctx); err != nil {
+		log.Warn("a service whose primary is gone already is not going to be taken over", "err", err)
 	}
 	s.openRecreator()
 	defer s.closeRecreator()
@@ -395,6 +417,17 @@ func (s *standby) watch(ctx context.Context) error {
 	}
 }
 
+// lookAtLog finds out whether somebody may still wait for a service whose primary
+// was gone before this standby began.
+func (s *standby) lookAtLog(ctx context.Context) error {
+	st, err := s.lg.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("look at the log: %w", err)
+	}
+	s.awaited = st.Messages > 0 && st.Age < clientPatience
+	return nil
+}
+
 // reason says why this node should take over now, and since when the primary
 // has been silent; "" when it should not.
 func (s *standby) reason(now time.Time) (why string, since time.Time) {
@@ -402,7 +435,7 @@ func (s *standby) reason(now time.Time) (why string, since time.Time) {
 	defer s.mu.Unlock()
 	return s.judge.Reason(now, roles.Situation{
 		Epoch: s.ledger.Fence.Epoch, Usable: s.usable(), Released: s.ledger.Released, Exited: s.ledger.Exited,
-		Offered: s.ledger.Heir == s.node,
+		Offered: s.ledger.Heir == s.node, Awaited: s.awaited,
 	})
 }
 

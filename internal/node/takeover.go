@@ -440,7 +440,7 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 func (r *recovery) silence() time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.judge.HeardAt().IsZero() {
+	if r.judge.HeardAt().IsZero() && !r.restores {
 		return unknownSilence
 	}
 	return time.Since(r.clock.start)

@@ -34,6 +34,9 @@ const (
 	longAway = 2 * time.Second
 	// A connection attempt that the outage swallowed takes a second to fail.
 	spareTime = 3 * time.Second
+	// unheardTime is what a primary gets that this standby has not heard of yet: it
+	// may have to find the log again, which began with us.
+	unheardTime = 5 * time.Second
 )
 
 // Judge tells a standby whether there is reason to take over. Its answers are
@@ -111,6 +114,7 @@ type Situation struct {
 	Released bool         // the primary of this epoch ended protection on purpose
 	Exited   bool         // its server is gone though its host lives
 	Offered  bool         // it holds everything back and waits for us to take over
+	Awaited  bool         // the log's newest record is so young that clients may still be waiting
 }
 
 // Reason says why this node should take over now, and since when the primary has
@@ -125,7 +129,10 @@ func (j *Judge) Reason(now time.Time, s Situation) (why string, since time.Time)
 	if s.Offered {
 		return "the primary hands over", now
 	}
-	if now.Before(j.spare) && j.watching != "" {
+	if j.watching == "" {
+		return j.neverHeard(now, s)
+	}
+	if now.Before(j.spare) {
 		j.detector.Observe(now)
 	}
 	// Our own heartbeats take the same way: when they do not arrive either, it is
@@ -135,4 +142,15 @@ func (j *Judge) Reason(now time.Time, s Situation) (why string, since time.Time)
 		return fmt.Sprintf("no heartbeat of the primary for %v", silence.Round(time.Millisecond)), now.Add(-silence)
 	}
 	return "", now
+}
+
+// neverHeard is the answer about a primary that was gone before this standby began:
+// every host that could have seen it die is gone, too. An old log is no reason to
+// bring its service back, unasked.
+func (j *Judge) neverHeard(now time.Time, s Situation) (why string, since time.Time) {
+	ours := !j.ownAt.IsZero() && now.Sub(j.ownAt) < logAway
+	if !s.Awaited || j.cutOff || !ours || !now.After(j.spare.Add(unheardTime-spareTime)) {
+		return "", now
+	}
+	return fmt.Sprintf("no heartbeat of the primary since this standby began, %v ago", unheardTime), now.Add(-unheardTime)
 }

@@ -67,6 +67,20 @@ func TestJudge(t *testing.T) {
 			s.from = false
 			return s.pass(time.Minute)
 		}, never, never},
+		{"one that was never heard of, and its clients may be waiting", func(s *tale) time.Duration {
+			s.from, s.at.Awaited = false, true
+			return s.pass(time.Minute)
+		}, unheardTime, unheardTime + 2*detect},
+		{"one that is heard of just in time", func(s *tale) time.Duration {
+			s.from, s.at.Awaited = false, true
+			s.pass(unheardTime - detect)
+			s.from = true
+			return s.pass(time.Minute)
+		}, never, never},
+		{"one that was never heard of, and neither are we", func(s *tale) time.Duration {
+			s.from, s.own, s.at.Awaited = false, false, true
+			return s.pass(time.Minute)
+		}, never, never},
 		{"nothing at all arrives: it is the log's server", func(s *tale) time.Duration {
 			s.pass(5 * time.Second)
 			s.from, s.own = false, false

@@ -153,7 +153,10 @@ func (e *Endpoint) Cut() tcpwrap.Cut {
 	c := tcpwrap.Cut{
 		Tuple: e.Tuple, RcvNxt: e.RcvNxt, SndUna: e.Una, SndNxt: e.Nxt,
 		SndWScale: e.peerScale, RcvWScale: e.Scale, HasTS: e.TS, ClientTS: e.tsRecent,
-		ClientFin: e.PeerClosed, ServerFin: e.FinSent(), RcvEdge: e.edge,
+		ClientFin: e.PeerClosed, ServerFin: e.FinSent(),
+	}
+	if e.RcvNxt.Less(e.edge) {
+		c.RcvWnd = e.RcvNxt.To(e.edge)
 	}
 	if e.Una.Less(e.peerEdge) {
 		c.SndWnd = e.Una.To(e.peerEdge)
