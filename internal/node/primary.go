@@ -315,13 +315,23 @@ func (p *primary) serverEnded() error {
 	if p.where.initPID == 0 {
 		return nil
 	}
-	for end := time.Now().Add(lingerTime); time.Now().Before(end); sleep(context.Background(), lookEvery/10) {
-		if socks, err := tcpwrap.Sockets(p.where.netns, p.svc.addrs(), p.svc.Ports); err != nil || !anyOpen(socks) {
-			break
-		}
-	}
+	p.awaitFarewell()
 	p.spared = false // there is nobody in the capsule any more
 	return nil
+}
+
+// awaitFarewell gives the sockets that a server left the time to say goodbye.
+func (p *primary) awaitFarewell() {
+	for end := time.Now().Add(lingerTime); time.Now().Before(end); sleep(context.Background(), lookEvery/10) {
+		socks, err := tcpwrap.Sockets(p.where.netns, p.svc.addrs(), p.svc.Ports)
+		if err != nil {
+			p.log.Warn("look for sockets that are still open", "err", err)
+			return
+		}
+		if !anyOpen(socks) {
+			return
+		}
+	}
 }
 
 // anyOpen reports whether a socket still has something to say.
