@@ -181,3 +181,70 @@ func TestAway(t *testing.T) {
 		})
 	}
 }
+
+// Nobody is there: the primary's host is dead and no standby lives, for as long as
+// FTCKPT_E2E_OUTAGE says (a minute, say). Clients' retransmission timers back off
+// all the while; when a standby begins at last no connection is lost, and none sits
+// its timer out.
+func TestNobodyThere(t *testing.T) {
+	if os.Getenv("FTCKPT_E2E_OUTAGE") == "" {
+		t.Skip("FTCKPT_E2E_OUTAGE=60s runs it")
+	}
+	w := newWorld(t)
+	log := w.startLog()
+	redis := w.startRedis(w.primary)
+	standby := w.startStandby(w.standby, log.join)
+	w.protect(redis.PID(), log.join)
+	idle, half, up, down := w.dial(), w.dial(), w.dial(), w.dial()
+	value := noise(w.seed, 24<<20)
+	if err := <-down.upload("down", value, 0).done; err != nil {
+		t.Fatal(err)
+	}
+	w.checkpoint(w.primary, w.standby)
+	standby.stop()
+	w.must(half.send([]byte("*2\r\n$4\r\nECHO\r\n$4\r\nha")))
+	uploading := up.upload("up", value, 2*time.Second)
+	downloading := down.download("down", value, 2*time.Second, 0, nil)
+	w.reached(uploading, 4<<20)
+	w.reached(downloading, 1<<20)
+	w.must(w.primary.Kill())
+	w.must(half.send([]byte("lf\r\n")))
+	time.Sleep(outage(t, 0))
+	before := map[string]tcpInfo{"half a request": w.tcpInfo(half), "upload": w.tcpInfo(up)}
+	sent, got := w.tcpInfo(up).Acked, downloading.moved.Load()
+	begin := time.Now()
+	w.startStandby(w.standby, log.join)
+	proceeds := map[string]time.Duration{}
+	live := time.Duration(0)
+	answered := make(chan error, 1)
+	go func() { answered <- half.expect(bulk("half")) }()
+	w.until("all of them go on", func() bool {
+		at := time.Since(begin)
+		note := func(what string, yes bool) {
+			if _, known := proceeds[what]; yes && !known {
+				proceeds[what] = at
+			}
+		}
+		if s, ok := w.status(w.standby); ok && s.Role == control.RolePrimary && live == 0 {
+			live = at
+		}
+		select {
+		case err := <-answered:
+			w.must(err)
+			note("half a request", true)
+		default:
+		}
+		note("upload", w.tcpInfo(up).Acked > sent)
+		note("download", downloading.moved.Load() > got)
+		return live > 0 && len(proceeds) == 3
+	})
+	for what, at := range proceeds {
+		t.Logf("%s: backed off to %v (%d times), and goes on %v after live", what, before[what].Timeout, before[what].Backoff, (at - live).Round(time.Millisecond))
+		if at-live > 3*time.Second {
+			t.Errorf("%s goes on %v after live", what, at-live)
+		}
+	}
+	w.takenOver(w.standby, 0)
+	w.check(idle.quiet(), idle.ask("still here"), <-uploading.done, <-downloading.done)
+	w.check(up.get("up", value))
+}
