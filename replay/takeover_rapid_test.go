@@ -221,6 +221,7 @@ func (w *world) goLive(g *generation, reborn map[stream.ConnID]bool) {
 	w.machine = m
 	m.Append(stream.Hello{})
 	m.Adopt(cuts)
+	m.Linger(w.ledger.TimeWait(w.now))
 	w.perform(&w.engine.Ready, true)
 	for i := range waiting {
 		m.Packet(w.now, waiting[i].ID, &waiting[i].Segment, false)
@@ -235,7 +236,7 @@ func (w *world) goLive(g *generation, reborn map[stream.ConnID]bool) {
 
 // finish lets every conversation come to its end, on a network without faults.
 func (w *world) finish() {
-	w.overruns, w.slow = 0, 1
+	w.overruns, w.slow, w.lazy = 0, 1, 0
 	w.machine.Congested(false)
 	if w.engine != nil {
 		w.engine.Congested(false)
@@ -298,7 +299,7 @@ func testTakeover(t *rapid.T, crashes int) {
 	w := &world{
 		t: t, rnd: rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 1)), now: time.Unix(1000, 0), host: map[stream.FourTuple]*served{}, ledger: replay.NewLedger(),
 		machine: tcpwrap.NewMachine(1, 1, tcpwrap.DefaultLimits()), waits: map[tcpwrap.PacketID]*caught{},
-		slow: rapid.SampledFrom([]int{1, 3, 30}).Draw(t, "slow"), strict: rapid.Bool().Draw(t, "strict"),
+		slow: rapid.SampledFrom([]int{1, 3, 30}).Draw(t, "slow"), lazy: rapid.SampledFrom([]int{0, 3, 20}).Draw(t, "lazy"), strict: rapid.Bool().Draw(t, "strict"),
 		overruns: rapid.SampledFrom([]int{0, 4, 10}).Draw(t, "overruns"),
 	}
 	for range rapid.IntRange(1, 3).Draw(t, "clients") {

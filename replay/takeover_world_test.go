@@ -27,11 +27,32 @@ type client struct {
 	told  bool // the recovery said that it would reset it
 }
 
+// closesAt is how many octets the app of a name hears before it ends what it says,
+// for good, while it goes on listening; 0 is never.
+func closesAt(name int) int {
+	if name%3 == 1 {
+		return 40 * name
+	}
+	return 0
+}
+
+// hears is what an app says to what it hears. It answers true when it has said
+// its last.
+func hears(a *tcptest.App, p []byte) (out []byte, last bool) {
+	limit := closesAt(a.Name)
+	if limit == 0 || a.Heard+len(p) < limit {
+		return a.Hears(p), false
+	}
+	out = a.Hears(p[:max(limit-a.Heard, 0)])
+	a.Heard = limit
+	return out, true
+}
+
 // expects is what a client hears from a server that never fails.
 func (c *client) expects() []byte {
 	a := tcptest.App{Name: c.name}
-	out := a.Hears(c.said)
-	if c.ep.Closed {
+	out, last := hears(&a, c.said)
+	if last || c.ep.Closed {
 		out = append(out, tcptest.Bye...)
 	}
 	return out
@@ -93,6 +114,7 @@ type world struct {
 	frozen   bool
 	silent   bool // the recovery must not speak to clients yet, but for greetings
 	slow     int  // how seldom the apps read, 1 is always
+	lazy     int  // how seldom the clients read; 0 is always
 	strict   bool
 	overruns int // one in so many segments is dropped for want of memory, 0: none
 }
@@ -138,7 +160,9 @@ func (w *world) dial() {
 func (w *world) listen(c *client) {
 	w.toServer = append(w.toServer, c.ep.Out...)
 	c.ep.Out = nil
-	c.heard = append(c.heard, c.ep.Read(1<<20)...)
+	if w.lazy == 0 || w.chance(w.lazy) { // else its window shuts
+		c.heard = append(c.heard, c.ep.Read(1<<20)...)
+	}
 	if want := c.expects(); !bytes.HasPrefix(want, c.heard) {
 		i := 0
 		for i < len(want) && i < len(c.heard) && want[i] == c.heard[i] {
@@ -415,8 +439,13 @@ func (w *world) serve(t stream.FourTuple) {
 	if h.ep.State == tcptest.Established && w.chance(w.slow) {
 		h.accepted = true
 		p := h.ep.Read(w.between(1, 400))
-		h.ep.Write(h.app.Hears(p))
-		if h.ep.PeerClosed && h.ep.Readable() == 0 && !h.app.Done {
+		var last bool
+		if !h.app.Done {
+			var answer []byte
+			answer, last = hears(&h.app, p)
+			h.ep.Write(answer)
+		}
+		if (last || h.ep.PeerClosed && h.ep.Readable() == 0) && !h.app.Done {
 			h.app.Done = true
 			h.ep.Write([]byte(tcptest.Bye))
 			h.ep.CloseWrite()
