@@ -527,7 +527,8 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 		l.serverUp, l.serverUrgent = up, true
 	}
 	l.kFin = l.kFin || s.Flags.Has(tcpwrap.FIN)
-	reset := s.Flags.Has(tcpwrap.RST)
+	// The first is the connection's; the next ones answer what was on its way.
+	reset := s.Flags.Has(tcpwrap.RST) && !l.kReset
 	l.kReset = l.kReset || reset
 	news := (reset || s.Len() > 0 && l.ack.Less(end)) && !l.ended
 	switch {

@@ -42,6 +42,9 @@ func (s *supply) segment() tcpwrap.Segment {
 	t.Options.WScale = int8(s.octet()%16) - 1
 	t.Options.HasTS, t.Options.TSVal = s.octet()&1 == 1, s.number()
 	t.Payload = make([]byte, s.number()%70000)
+	for i, fill := 0, s.octet(); i < len(t.Payload); i++ { // overlaps that disagree
+		t.Payload[i] = fill
+	}
 	t.RawOptions = make([]byte, s.octet()%41)
 	if t.Flags.Has(tcpwrap.URG) {
 		t.Urgent = uint16(s.number())
@@ -83,6 +86,11 @@ func FuzzMachine(f *testing.F) {
 					dep = next - 1
 				}
 			}
+			for i := range m.Ready.Segments { // to a client only for what ended before this machine began
+				if o := &m.Ready.Segments[i]; !o.Up && (o.Flags != tcpwrap.ACK || len(o.Payload) > 0) {
+					t.Fatalf("the machine says %+v by itself", o)
+				}
+			}
 			for _, v := range m.Ready.Verdicts {
 				at, yes := waits[v.ID]
 				if !yes {
@@ -117,7 +125,22 @@ func FuzzMachine(f *testing.F) {
 				m.Tick()
 				m.Congested(in.octet()&3 == 0)
 			case 14:
-				m.Append(stream.Generation{ID: 1})
+				switch what := in.octet() % 5; what {
+				case 1:
+					m.Expire(now, time.Duration(in.octet())*time.Second)
+				case 2:
+					m.Linger([]tcpwrap.Late{{Tuple: tupleOf(string(rune('A' + in.octet()%4))), Nxt: 1000 + seqnum.Value(in.number()), Since: now}})
+				case 3:
+					for _, gone := range m.Missing(nil) {
+						if in.octet()&1 == 1 {
+							m.Gone(gone.Tuple)
+						}
+					}
+				case 4:
+					m.Doubt(now, in.octet()&1 == 1)
+				default:
+					m.Append(stream.Generation{ID: 1})
+				}
 			case 15:
 				if in.octet() == 255 {
 					ended = true
