@@ -1,6 +1,7 @@
 package tcpwrap_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"testing"
 	"time"
@@ -41,10 +42,7 @@ func (s *supply) segment() tcpwrap.Segment {
 	}
 	t.Options.WScale = int8(s.octet()%16) - 1
 	t.Options.HasTS, t.Options.TSVal = s.octet()&1 == 1, s.number()
-	t.Payload = make([]byte, s.number()%70000)
-	for i, fill := 0, s.octet(); i < len(t.Payload); i++ { // overlaps that disagree
-		t.Payload[i] = fill
-	}
+	t.Payload = bytes.Repeat([]byte{s.octet()}, int(s.number()%70000)) // overlaps disagree
 	t.RawOptions = make([]byte, s.octet()%41)
 	if t.Flags.Has(tcpwrap.URG) {
 		t.Urgent = uint16(s.number())
