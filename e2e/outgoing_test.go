@@ -104,11 +104,17 @@ func TestProxy(t *testing.T) {
 				counters = append(counters, w.startCounter(fmt.Sprint("count", i)))
 			}
 			w.checkpoint(w.primary, w.standby)
+			// These, and their connections to the back end, are younger than the image.
+			churn := w.startChurn(4)
+			young := w.dial()
+			counters = append(counters, w.startCounter("young"))
 			w.somewhen(time.Second)
 			d.do(w, relay)
 			died := time.Now()
 			w.takenOver(w.standby, 0)
 			l.past(died)
+			w.check(young.quiet(), young.ask("still here"), w.dial().ask("a new one"))
+			churn.finish(died)
 			for _, c := range counters {
 				c.finish()
 			}

@@ -122,7 +122,9 @@ func (e *Engine) AddNewborns(ns []Newborn) (taken map[stream.ConnID]bool) {
 }
 
 // unborn reports whether the restored TCP does not have the connection yet.
-func (l *line) unborn() bool { return l.birth != nil && !l.born }
+func (l *line) unborn() bool {
+	return l.birth != nil && !l.born || l.redial != nil && !l.redial.met
+}
 
 // Unanswered are the connections that still wait for their clients to answer the
 // old primary's SYN-ACK. No TCP has them, so no image does either, and the
@@ -131,7 +133,7 @@ func (l *line) unborn() bool { return l.birth != nil && !l.born }
 func (e *Engine) Unanswered() []tcpwrap.Missing {
 	var out []tcpwrap.Missing
 	for _, l := range e.lines {
-		if l.unborn() {
+		if l.birth != nil && l.unborn() {
 			out = append(out, tcpwrap.Missing{Conn: l.cut.Conn, Tuple: l.cut.Tuple, Open: l.cut.Open})
 		}
 	}

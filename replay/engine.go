@@ -75,6 +75,11 @@ type Engine struct {
 	Ready  tcpwrap.Ready
 	Births []Birth // to be done after Ready, and then emptied by the caller: see Delivered
 
+	// Dialled are connections to be translated from now on: before Ready, too, and
+	// emptied as Births is.
+	Dialled []tcpwrap.Translated
+	redials []*redial // in the order of the old server's SYNs
+
 	lines  []*line // in the order of the survivors
 	conns  map[stream.FourTuple]*line
 	byID   map[stream.ConnID]*line
@@ -140,6 +145,7 @@ const (
 	evFin
 	evReset
 	evOpen
+	evAnswer // the peer's SYN-ACK to a dial
 	evHeard  // the peer of a dialled connection had acknowledged all up to seq
 	evUrgent // seq is the urgent pointer
 )
@@ -198,6 +204,7 @@ type line struct {
 	openQueued bool
 	ended      bool // it is over: all its output is swallowed
 
+	redial   *redial      // dialled after the generation
 	heardSeq seqnum.Value // of a dialled connection: the newest evHeard
 	up       seqnum.Value // urgent pointer, with urgent
 	urgent   bool
@@ -313,11 +320,14 @@ func (e *Engine) Feed(now time.Time, r stream.Record) {
 	case stream.ClientFin:
 		e.queue(r.Conn, event{evFin, r.Seq, nil})
 	case stream.ClientReset:
+		e.dialAnswered(r.Conn, event{kind: evReset, seq: r.Seq})
 		e.queue(r.Conn, event{evReset, r.Seq, nil})
 	case stream.ConnState:
 		e.heardThen(r)
 	case stream.Urgent:
 		e.queue(r.Conn, event{evUrgent, r.Up, nil})
+	case stream.ConnAnswer:
+		e.dialAnswered(r.Conn, event{kind: evAnswer, seq: r.ISN})
 	}
 	e.pump(now)
 }
@@ -408,7 +418,7 @@ func (e *Engine) Packet(now time.Time, id tcpwrap.PacketID, s *tcpwrap.Segment) 
 	}
 	l := e.there(s.Tuple)
 	if l == nil {
-		return e.unknown(id, s)
+		return e.unknown(now, id, s)
 	}
 	judged = e.fromServer(now, l, id, s)
 	e.pump(now)
@@ -502,6 +512,10 @@ func (l *line) heardTS(v uint32) {
 
 func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpwrap.Segment) (judged bool) {
 	e.touch(l)
+	if l.redial != nil && s.Flags.Has(tcpwrap.SYN) {
+		e.synAgain(l, id)
+		return true
+	}
 	if s.Options.HasTS {
 		l.kTS = s.Options.TSVal
 	}

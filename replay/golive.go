@@ -60,7 +60,9 @@ func (e *Engine) doom(l *line, why string) {
 // every place that can be: were it left alive, and the client's reset lost, the
 // client would take what it says for the truth.
 func (e *Engine) condemn(l *line) {
-	e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
+	if l.redial == nil || l.redial.met { // else no TCP has it
+		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.kAck, nil)
+	}
 	for i := range l.sent {
 		e.send(l, tcpwrap.RST|tcpwrap.ACK, l.sent[i].end(), nil)
 	}

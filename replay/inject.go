@@ -36,6 +36,8 @@ func (e *Engine) inject(l *line) bool {
 		return false
 	}
 	switch ev.kind {
+	case evAnswer:
+		e.synAck(l)
 	case evHeard:
 		if l.unasked() {
 			return false
@@ -113,6 +115,10 @@ func (e *Engine) send(l *line, flags tcpwrap.Flags, seq seqnum.Value, data []byt
 	})
 }
 
+// nearly is how many units of its scale a window is short of shut for offer to
+// take pains.
+const nearly = 16
+
 // offer makes the window behind an acknowledgement end exactly where the real
 // client's does. A scaled window says that only at some acknowledgements, so it
 // acknowledges up to 1<<scale octets less than it could when that helps. Rounded
@@ -125,6 +131,12 @@ func (l *line) offer(ack seqnum.Value) (seqnum.Value, uint16) {
 	}
 	unit := seqnum.Size(1) << l.cut.SndWScale
 	n := ack.To(l.edge)
+	if n >= nearly*unit {
+		// The window is not what limits TCP. What it keeps unacknowledged it would send
+		// again after a timeout, with a window of congestion that has room for nothing
+		// else, and be silent with more to say.
+		return ack, uint16(min(65535, (n+unit-1)/unit))
+	}
 	if over := n % unit; over != 0 && ack.Less(l.ack) {
 		if less := ack.Sub(unit - over); l.told.LessEq(less) {
 			ack, n = less, n+unit-over

@@ -44,6 +44,7 @@ type Line struct {
 	dialled bool // the server opened it: dial and answer are its open and accept
 	dial    stream.ConnDial
 	answer  stream.ConnAnswer
+	refused bool
 }
 
 // Ledger follows a service's log. Feed it every entry in order. The zero value
@@ -131,6 +132,7 @@ func (l *Ledger) Apply(now time.Time, e stream.Entry) {
 		}
 	case stream.ClientReset:
 		ln := l.line(r.Conn)
+		ln.refused = ln.dialled && !ln.accepted
 		ln.Ended, ln.Reason, ln.endPos = true, stream.EndReset, e.Pos
 	case stream.Generation:
 		l.Gen, l.GenAt = r, now

@@ -2,6 +2,7 @@ package replay_test
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,6 +31,7 @@ func TestEngineScenarios(t *testing.T) {
 type enginePlay struct {
 	e         *replay.Engine
 	survivors []replay.Survivor
+	redials   []replay.Redial
 	machine   *tcpwrap.Machine // at go-live; it only gives records their places here
 	conns     map[string]stream.ConnID
 	id        tcpwrap.PacketID
@@ -38,7 +40,14 @@ type enginePlay struct {
 
 func playTuple(name string) stream.FourTuple { return tupleOf(int(name[0] - 'A')) }
 
-func playName(t stream.FourTuple) string { return string(rune('A' + t.Client.Port() - 40000)) }
+func playName(t stream.FourTuple) string {
+	if n := t.Client.Port(); n >= 40100 {
+		return fmt.Sprintf("%c>%d", rune(t.Server.Port()-50000), (n-40000)/100)
+	}
+	return clientName(t)
+}
+
+func clientName(t stream.FourTuple) string { return string(rune('A' + t.Client.Port() - 40000)) }
 
 func num(d *scenario.Directive, key string, otherwise int) seqnum.Value {
 	return seqnum.Value(d.Number(key, otherwise))
@@ -51,8 +60,17 @@ func (p *enginePlay) do(d *scenario.Directive) string {
 	case "survivor":
 		p.survivor(d)
 		return "noted"
+	case "redial":
+		p.redial(d)
+		return "noted"
+	case "giveup":
+		p.e.GiveUpDials()
+		for _, c := range p.e.Condemned() {
+			head += fmt.Sprintf("condemned %s: %s\n", playName(c.Tuple), c.Why)
+		}
 	case "start":
 		p.e = replay.NewEngine(p.survivors)
+		p.e.AddRedials(p.redials)
 		p.e.Start(p.now)
 	case "begin":
 		p.e = replay.NewEngine(p.survivors)
@@ -136,6 +154,38 @@ func (p *enginePlay) survivor(d *scenario.Directive) {
 	p.survivors = append(p.survivors, s)
 }
 
+// redial notes a dial of the old server's: one name for each connection, and the
+// peers are named by port.
+func (p *enginePlay) redial(d *scenario.Directive) {
+	name := d.Word(0)
+	id := stream.ConnID(100 + len(p.redials))
+	p.conns[name] = id
+	t := dialTuple(name, d.Number("peer", 1))
+	r := replay.Redial{
+		Dial:    stream.ConnDial{Conn: id, Tuple: t, ISN: num(d, "isn", 0), Options: []byte{8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 3, 3, 7}},
+		DialPos: stream.Position(1 + len(p.redials)), Ended: d.Has("ended"), Refused: d.Has("refused"),
+		TS: uint32(d.Number("ts", 5000)), At: p.now,
+	}
+	if d.Has("answer") {
+		r.Answered = true
+		r.Answer = stream.ConnAnswer{Conn: id, ISN: num(d, "answer", 0), Window: 2000, Options: []byte{2, 4, 5, 180, 8, 10, 0, 0, 0, 77, 0, 0, 0, 1, 3, 3, 2}}
+	}
+	if d.Has("acked") {
+		r.Known = true
+		r.State = stream.ConnState{Conn: id, ClientAck: num(d, "acked", 0), ClientEdge: num(d, "acked", 0).Add(1000), ClientTS: 80}
+	}
+	p.redials = append(p.redials, r)
+}
+
+// dialTuple is a connection of the server's own, by the name of its local port.
+func dialTuple(name string, peer int) stream.FourTuple {
+	t := playTuple("A")
+	return stream.FourTuple{
+		Server: netip.AddrPortFrom(t.Server.Addr(), 50000+uint16(name[0])),
+		Client: netip.AddrPortFrom(t.Client.Addr(), 40000+100*uint16(peer)),
+	}
+}
+
 func (p *enginePlay) record(d *scenario.Directive) stream.Record {
 	id, seq := p.conns[d.Word(1)], num(d, "seq", 0)
 	switch d.Word(0) {
@@ -151,6 +201,10 @@ func (p *enginePlay) record(d *scenario.Directive) stream.Record {
 		return stream.Urgent{Conn: id, Up: num(d, "up", 0)}
 	case "reset":
 		return stream.ClientReset{Conn: id, Seq: seq}
+	case "answer":
+		return stream.ConnAnswer{Conn: id, ISN: seq}
+	case "heard":
+		return stream.ConnState{Conn: id, ClientAck: seq}
 	}
 	d.Fatalf("no such record")
 	return nil
@@ -165,6 +219,10 @@ func (p *enginePlay) segment(d *scenario.Directive) tcpwrap.Segment {
 	if d.Verb == "out" {
 		s.Dir = tcpwrap.Outbound
 	}
+	if d.Has("peer") {
+		s.Tuple = dialTuple(d.Word(0), d.Number("peer", 0))
+	}
+	s.Options.WScale = int8(d.Number("ws", -1))
 	for _, f := range d.Word(1) {
 		s.Flags |= map[rune]tcpwrap.Flags{'S': tcpwrap.SYN, 'A': tcpwrap.ACK, 'F': tcpwrap.FIN, 'R': tcpwrap.RST, 'U': tcpwrap.URG}[f]
 	}
@@ -211,6 +269,12 @@ func told(r stream.Record) string {
 
 func (p *enginePlay) ready() string {
 	var out []string
+	for _, t := range p.e.Dialled {
+		tr := t.Translation
+		out = append(out, fmt.Sprintf("translate %s: numbers +%d, clock +%d, port %d is %d, scales %d/%d are %d/%d",
+			playName(t.Tuple), int32(tr.Seq), int32(tr.TS), tr.Port.Wire, tr.Port.TCP, tr.Snd.Wire, tr.Rcv.Wire, tr.Snd.TCP, tr.Rcv.TCP))
+	}
+	p.e.Dialled = p.e.Dialled[:0]
 	records := p.e.Ready.Records
 	if p.machine != nil {
 		records = append(records, p.machine.Ready.Records...)

@@ -103,3 +103,19 @@ func (m *Machine) Dialling(there func(stream.FourTuple) bool) []Missing {
 	}
 	return out
 }
+
+// SYNOptions is the raw form of what a SYN or SYN-ACK says, without timestamps:
+// those are in Outgoing.
+func SYNOptions(o Options) []byte {
+	var b []byte
+	if o.MSS != 0 {
+		b = append(b, optMSS, 4, byte(o.MSS>>8), byte(o.MSS))
+	}
+	if o.SACKPermitted {
+		b = append(b, optNop, optNop, optSACKPerm, 2)
+	}
+	if o.WScale >= 0 {
+		b = append(b, optNop, optWScale, 3, byte(o.WScale))
+	}
+	return b
+}

@@ -258,6 +258,9 @@ func (t *Translator) packet(p *Packet) (swallowed bool, then func()) {
 			return true, then
 		}
 	}
+	if flags.Has(SYN) && !flags.Has(ACK) {
+		t.dialled(tuple, p)
+	}
 	if b := t.births[tuple]; b != nil && flags.Has(RST|ACK) && b.r.refuses(p) {
 		return true, nil // no such listener yet; whoever asked asks again
 	}
@@ -278,6 +281,22 @@ func (t *Translator) packet(p *Packet) (swallowed bool, then func()) {
 func (r *Rebirth) refuses(p *Packet) bool {
 	var s Segment
 	return ParseSegment(p.Data, Outbound, &s) == nil && s.Flags.Has(RST|ACK) && s.Seq == 0 && s.Ack == r.ClientISN.Add(1)
+}
+
+// dialled takes a SYN of TCP's: with other numbers than before it begins another
+// connection, from a port that is free, and of what was there before nothing is
+// translated any more.
+func (t *Translator) dialled(tcp stream.FourTuple, p *Packet) {
+	var s Segment
+	if ParseSegment(p.Data, Outbound, &s) != nil {
+		return
+	}
+	if e := t.tcp[tcp]; e != nil && s.Seq.Add(e.Translation.Seq) != e.ServerISN {
+		t.remove(e)
+	}
+	if e := t.wire[tcp]; e != nil && t.tcp[tcp] != e {
+		t.remove(e)
+	}
 }
 
 // answered takes a SYN-ACK of TCP's.

@@ -261,3 +261,33 @@ func TestRebirthRefuses(t *testing.T) {
 		t.Error("took another connection's SYN-ACK")
 	}
 }
+
+// A server that dials from a port again begins another connection: neither what
+// was there before is translated any more, nor what a peer knew by that port.
+func TestTranslatorDialsAnew(t *testing.T) {
+	moved := Translated{Tuple: tuple4, ServerISN: 5000, Translation: Translation{Seq: 1000, Port: Pair[uint16]{Wire: server4.Port(), TCP: 50999}}}
+	same := Translated{Tuple: tuple4, ServerISN: 5000, Translation: Translation{Seq: 1000}}
+	for _, c := range []struct {
+		name string
+		e    Translated
+		seq  seqnum.Value // of the SYN, as TCP sends it
+		want seqnum.Value
+		left int
+	}{
+		{"its own SYN once more", same, 4000, 5000, 1},
+		{"another one", same, 4001, 4001, 0},
+		{"from a port that a peer knew", moved, 7, 7, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := &fakePath{}
+			tr := NewTranslator(f, nil)
+			tr.Put(c.e)
+			if s := caughtAs(t, tr, f, 1, Outbound, Build{Seq: c.seq, Flags: SYN}); s == nil || s.Seq != c.want || s.Tuple != tuple4 {
+				t.Errorf("SYN %+v, want number %d", s, c.want)
+			}
+			if n := tr.Len(); n != c.left {
+				t.Errorf("%d connections are translated, want %d", n, c.left)
+			}
+		})
+	}
+}

@@ -80,6 +80,7 @@ static int handle(struct side *s, unsigned events) {
 		if (err) return -1;
 		s->connecting = 0;
 	}
+	if ((events & EPOLLERR) || ((events & EPOLLHUP) && s->eof)) return -1; // nothing goes either way
 	if (!s->connecting && s->n == 0 && !s->eof && events & (EPOLLIN | EPOLLERR | EPOLLHUP)) {
 		ssize_t r = recv(s->fd, s->buf, sizeof s->buf, 0);
 		if (r < 0 && errno != EAGAIN) return -1;

@@ -166,6 +166,10 @@ func (d *driver) carryOut() {
 		d.perform(&d.machine.Ready)
 	}
 	if d.engine != nil {
+		for _, t := range d.engine.Dialled { // what Ready says to them is translated already
+			d.dp.Put(t)
+		}
+		d.engine.Dialled = d.engine.Dialled[:0]
 		d.perform(&d.engine.Ready)
 		for len(d.engine.Births) > 0 { // what is born at once has the next ones in its wake
 			births := d.engine.Births

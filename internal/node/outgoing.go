@@ -8,12 +8,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/ftckpt/ftckpt/checkpoint"
 	"github.com/ftckpt/ftckpt/internal/config"
 	"github.com/ftckpt/ftckpt/internal/control"
 	"github.com/ftckpt/ftckpt/internal/exitcode"
 	"github.com/ftckpt/ftckpt/internal/remote"
+	"github.com/ftckpt/ftckpt/replay"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
 )
@@ -209,4 +211,43 @@ func checkOutgoing(ctx context.Context, cfg config.Protect) error {
 		}
 	}
 	return nil
+}
+
+// redials are the connections that the restored server will dial again. The
+// caller holds mu.
+func (r *recovery) redials(sth south, now time.Time) []replay.Redial {
+	under := map[stream.ConnID]bool{}
+	for _, id := range sth.Dialling {
+		under[id] = true
+	}
+	ds := r.ledger.Redials(r.loc.gen.Cut, under, now, func(ts uint32, seen time.Time) uint32 {
+		return ts + uint32(now.Sub(seen).Milliseconds()) + clockMargin
+	})
+	for _, d := range ds {
+		r.newborn = append(r.newborn, d.Dial.Tuple)
+		r.dialled = append(r.dialled, d.Dial.Tuple.Server.Port())
+	}
+	return ds
+}
+
+// movePort notes a connection of the image whose peer knows it by another port
+// than TCP does. All its other numbers are restored as the peer knows them
+// (patchTranslated).
+func (r *recovery) movePort(s checkpoint.Socket, t tcpwrap.Translation) {
+	if t.Port.Wire != t.Port.TCP {
+		r.moved = append(r.moved, tcpwrap.Translated{Tuple: t.Tuple(s.Tuple), Translation: tcpwrap.Translation{Port: t.Port}})
+	}
+}
+
+// reservePorts keeps the capsule's TCP from choosing ports by which peers know
+// connections that have another one here.
+func (r *recovery) reservePorts() error {
+	ports := slices.Clone(r.dialled)
+	for _, t := range r.moved {
+		ports = append(ports, t.Tuple.Server.Port())
+	}
+	if len(ports) == 0 {
+		return nil
+	}
+	return r.capsule.ReservePorts(ports)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -147,6 +148,8 @@ type recovery struct {
 	engine  *replay.Engine
 	closing []tcpwrap.Cut          // of connections that the server had closed, to be revived
 	carries map[stream.ConnID]bool // connections that the image has or the engine re-creates
+	dialled []uint16               // ports of connections that the server dials again
+	moved   []tcpwrap.Translated   // connections of the image whose port the peer knows as another
 	newborn []stream.FourTuple     // those that are re-created
 	planned time.Time              // when their clocks were set
 	gone    []replay.Condemned
@@ -318,6 +321,7 @@ func (r *recovery) plan() error {
 		id := c.Conn
 		var patch checkpoint.SocketPatch
 		if t, yes := sth.Translated[id]; yes {
+			r.movePort(k, t)
 			k = patchTranslated(k, t, &patch)
 		}
 		sv := replay.Survivor{Cut: cutOf(r.svc, k)}
@@ -383,9 +387,11 @@ func (r *recovery) plan() error {
 			return ts + uint32(now.Sub(seen).Milliseconds()) + clockMargin
 		})
 	}
+	redials := r.redials(sth, now)
 	r.mu.Unlock()
 	r.engine = replay.NewEngine(survivors)
 	r.carries = r.engine.AddNewborns(newborns)
+	maps.Copy(r.carries, r.engine.AddRedials(redials))
 	for _, n := range newborns {
 		r.newborn = append(r.newborn, n.Open.Tuple)
 	}
@@ -414,6 +420,13 @@ func (r *recovery) takeAddress(ctx context.Context) error {
 	r.drv = newDriver(q, r.translated, r.log)
 	r.drv.engine, r.drv.bear, r.drv.writer, r.drv.failed = r.engine, r.bear, r.w, r.end
 	r.w.OnStable(r.drv.stable)
+	if err := r.reservePorts(); err != nil {
+		_ = q.Close()
+		return err
+	}
+	for _, t := range r.moved {
+		r.drv.dp.Put(t)
+	}
 	r.drv.dp.Expect(r.newborn) // their clients' packets may wait here before TCP has them
 	if err := r.rules.InstallAlone(); err != nil {
 		_ = q.Close()
@@ -511,6 +524,7 @@ func (r *recovery) rollForward(ctx context.Context, pid int) error {
 		return stuck
 	}
 	r.drv.with(func() {
+		r.engine.GiveUpDials()
 		gone := r.engine.Condemned()
 		if stuck != nil {
 			gone = append(gone, r.engine.Condemn()...)
