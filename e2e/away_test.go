@@ -196,6 +196,9 @@ func TestNobodyThere(t *testing.T) {
 	standby := w.startStandby(w.standby, log.join)
 	w.protect(redis.PID(), log.join)
 	idle, half, up, down := w.dial(), w.dial(), w.dial(), w.dial()
+	for _, k := range []*raw{idle, half, up, down} {
+		k.longer = outage(t, 0)
+	}
 	value := noise(w.seed, 24<<20)
 	if err := <-down.upload("down", value, 0).done; err != nil {
 		t.Fatal(err)

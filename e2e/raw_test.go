@@ -21,6 +21,8 @@ type raw struct {
 	w *world
 	c *net.TCPConn
 	r *bufio.Reader
+
+	longer time.Duration // than patience is how long it waits
 }
 
 // dial connects and has a first answer, so that both sides are established.
@@ -69,14 +71,14 @@ func bulk(s string) []byte { return fmt.Appendf(nil, "$%d\r\n%s\r\n", len(s), s)
 
 // send writes all of b.
 func (k *raw) send(b []byte) error {
-	_ = k.c.SetWriteDeadline(time.Now().Add(patience))
+	_ = k.c.SetWriteDeadline(time.Now().Add(patience + k.longer))
 	_, err := k.c.Write(b)
 	return err
 }
 
 // expect reads exactly want, within patience.
 func (k *raw) expect(want []byte) error {
-	_ = k.c.SetReadDeadline(time.Now().Add(patience))
+	_ = k.c.SetReadDeadline(time.Now().Add(patience + k.longer))
 	got := make([]byte, len(want))
 	n, err := io.ReadFull(k.r, got)
 	for i := range n {
@@ -113,7 +115,7 @@ func (k *raw) quiet() error {
 
 // ends waits for the server's end of the stream: a FIN, and no reset.
 func (k *raw) ends() error {
-	_ = k.c.SetReadDeadline(time.Now().Add(patience))
+	_ = k.c.SetReadDeadline(time.Now().Add(patience + k.longer))
 	if b, err := k.r.ReadByte(); !errors.Is(err, io.EOF) {
 		return fmt.Errorf("%s: want the end of the stream, got %q, %w", k.name(), b, err)
 	}
