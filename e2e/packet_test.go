@@ -44,6 +44,24 @@ func TestPackets(t *testing.T) {
 	}
 }
 
+// The same of connections that are younger than the generation, when they are made
+// again by translation.
+func TestPacketsTranslated(t *testing.T) {
+	var files []string
+	for _, pattern := range []string{"*/*young*", "handshake/*"} {
+		more, err := filepath.Glob("testdata/packet/" + pattern + ".txt")
+		if err != nil || len(more) == 0 {
+			t.Fatalf("no script matches %s (%v)", pattern, err)
+		}
+		files = append(files, more...)
+	}
+	w := newWorld(t)
+	server := w.serve(w.primary, w.packetServer(), service)
+	standby := w.startStandby(w.standby, "", "--recreate", "translate")
+	w.protect(server.PID(), standby.join, "--interval", "1h")
+	w.runScripts(files, func() { w.must(w.primary.Kill()) })
+}
+
 // packetServer builds the scripts' server.
 func (w *world) packetServer() string {
 	w.Helper()

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -135,19 +136,27 @@ func (t *Translator) Len() int {
 	return len(t.wire)
 }
 
-// Sweep lets go of the connections that TCP does not have any more; there says
-// whether it does, of the addresses as TCP has them. What TCP says about one it
-// does not know is a reset made of the packet that it answers, and needs no
-// translation.
-func (t *Translator) Sweep(there func(tcp stream.FourTuple) bool) {
+// Sweep lets go of the connections that TCP does not have any more: list answers
+// the addresses of those that it has, as TCP has them. One that is born while it
+// is being asked stays. What TCP says about one it does not know is a reset made
+// of the packet that it answers, and needs no translation.
+func (t *Translator) Sweep(list func() (map[stream.FourTuple]bool, error)) error {
+	t.mu.Lock()
+	before := maps.Clone(t.tcp)
+	t.mu.Unlock()
+	there, err := list()
+	if err != nil {
+		return err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for tuple, e := range t.tcp {
-		if !there(tuple) {
+	for tuple, e := range before {
+		if !there[tuple] && t.tcp[tuple] == e {
 			t.remove(e)
 		}
 	}
 	t.any.Store(len(t.wire)+len(t.births)+len(t.hopes)+len(t.kept) > 0)
+	return nil
 }
 
 // Expect says which connections may be translated by the time their clients'

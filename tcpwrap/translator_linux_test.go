@@ -200,15 +200,17 @@ func testTranslatedConnection(t *testing.T, vip netip.Addr, options []byte, loss
 	}
 	// What is closed is swept away.
 	eventually(t, "no translated connection is left", func() bool {
-		socks, err := Sockets(l.server, []netip.Addr{vip}, []uint16{labPort})
+		err := n.tr.Sweep(func() (map[stream.FourTuple]bool, error) {
+			socks, err := Sockets(l.server, []netip.Addr{vip}, []uint16{labPort})
+			there := map[stream.FourTuple]bool{}
+			for _, s := range socks {
+				there[stream.FourTuple{Server: s.Local, Client: s.Remote}] = s.State != TCPTimeWait
+			}
+			return there, err
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		there := map[stream.FourTuple]bool{}
-		for _, s := range socks {
-			there[stream.FourTuple{Server: s.Local, Client: s.Remote}] = s.State != 6 // TIME_WAIT
-		}
-		n.tr.Sweep(func(f stream.FourTuple) bool { return there[f] })
 		return n.tr.Len() == 0
 	})
 }

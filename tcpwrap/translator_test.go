@@ -217,7 +217,9 @@ func TestTranslatorKeepsLittle(t *testing.T) {
 	for i := range n {
 		tr.Verdict(PacketID(i), Drop)
 	}
-	tr.Sweep(func(stream.FourTuple) bool { return false })
+	if err := tr.Sweep(func() (map[stream.FourTuple]bool, error) { return nil, nil }); err != nil {
+		t.Error(err)
+	}
 	if tr.Len() != 0 || tr.octets != 0 || tr.any.Load() || len(tr.spare) > maxSpare {
 		t.Errorf("%d connections, %d octets, %d spare", tr.Len(), tr.octets, len(tr.spare))
 	}
@@ -289,5 +291,20 @@ func TestTranslatorDialsAnew(t *testing.T) {
 				t.Errorf("%d connections are translated, want %d", n, c.left)
 			}
 		})
+	}
+}
+
+// A connection that is born while TCP is asked what it has is not swept away.
+func TestTranslatorSweepsNoNewborn(t *testing.T) {
+	f := &fakePath{}
+	tr := NewTranslator(f, nil)
+	other := stream.FourTuple{Server: server6, Client: client6}
+	tr.Put(Translated{Tuple: other, Translation: Translation{Seq: 1}})
+	err := tr.Sweep(func() (map[stream.FourTuple]bool, error) {
+		born(t, tr, f)
+		return nil, nil
+	})
+	if _, there := tr.Get(tuple4); err != nil || !there || tr.Len() != 1 {
+		t.Errorf("%d connections left, the newborn %v, %v", tr.Len(), there, err)
 	}
 }

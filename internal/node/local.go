@@ -111,11 +111,6 @@ func (s *successor) renew(ctx context.Context) error {
 	if err := s.renewCapsule(ctx); err != nil {
 		return err
 	}
-	s.translated.remove()
-	var err error
-	if s.translated, err = newTranslations(s.cfg, s.log); err != nil {
-		return err
-	}
 	if err := s.fetchNewest(ctx); err != nil {
 		s.log.Warn("cannot bring the newest generation here; going on with the one before", "err", err)
 	}

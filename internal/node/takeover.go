@@ -248,7 +248,10 @@ func (s *standby) renewCapsule(ctx context.Context) error {
 		return err
 	}
 	s.openRecreator()
-	return nil
+	s.translated.remove() // none of them is in the new one
+	var err error
+	s.translated, err = newTranslations(s.cfg, s.log)
+	return err
 }
 
 func (s *standby) becomePrimary(ctx context.Context, c *clock, w *stream.Writer, loc local, ledger *replay.Ledger, t tenure) (*primary, error) {

@@ -154,16 +154,17 @@ func (p *primary) sweepTranslated() {
 	if p.drv.dp.Len() == 0 {
 		return
 	}
-	there := map[stream.FourTuple]bool{}
-	socks, err := tcpwrap.Sockets(p.where.netns, p.svc.addrs(), p.svc.Ports, p.svc.Outgoing...)
+	err := p.drv.dp.Sweep(func() (map[stream.FourTuple]bool, error) {
+		socks, err := tcpwrap.Sockets(p.where.netns, p.svc.addrs(), p.svc.Ports, p.svc.Outgoing...)
+		there := make(map[stream.FourTuple]bool, len(socks))
+		for _, s := range socks {
+			there[stream.FourTuple{Server: s.Local, Client: s.Remote}] = true
+		}
+		return there, err
+	})
 	if err != nil {
 		p.log.Debug("look for translated connections", "err", err)
-		return
 	}
-	for _, s := range socks {
-		there[stream.FourTuple{Server: s.Local, Client: s.Remote}] = true
-	}
-	p.drv.dp.Sweep(func(t stream.FourTuple) bool { return there[t] })
 }
 
 // translatedOf are those of an image's connections that are translated.
