@@ -16,8 +16,8 @@ import (
 // a retransmission timer may have backed off.
 const patience = 15 * time.Second
 
-// Failure is how a script failed.
-type Failure struct {
+// ScriptError is how a script failed.
+type ScriptError struct {
 	Script string
 	Line   int
 	Step   string
@@ -25,7 +25,7 @@ type Failure struct {
 	Trace  []string // of the script's connections, in the order of time
 }
 
-func (f *Failure) Error() string {
+func (f *ScriptError) Error() string {
 	return fmt.Sprintf("%s.txt:%d: %s\n  %s\n  trace:\n    %s", f.Script, f.Line, f.Step, f.Why, strings.Join(f.Trace, "\n    "))
 }
 
@@ -63,8 +63,8 @@ func Run(ctx context.Context, w *Wire, s *Script, base uint16, await func(Phase)
 	return nil
 }
 
-func (r *runner) failure(s *Script, st *step, err error) *Failure {
-	f := &Failure{Script: s.Name, Line: st.line, Step: st.text, Why: err.Error()}
+func (r *runner) failure(s *Script, st *step, err error) *ScriptError {
+	f := &ScriptError{Script: s.Name, Line: st.line, Step: st.text, Why: err.Error()}
 	for name := byte('A'); name < 'A'+MaxConns; name++ {
 		if p := r.conns[name]; p != nil {
 			p.mu.Lock()
@@ -288,7 +288,7 @@ func (p *peer) differs(e *event, w *segment) string {
 		switch {
 		case x.no && there:
 			return "wanted no " + x.name
-		case !x.no && !(there && equal):
+		case !x.no && (!there || !equal):
 			return fmt.Sprintf("wanted %s %v", x.name, x.args)
 		}
 	}
