@@ -137,7 +137,10 @@ func (l *line) offer(ack seqnum.Value) (seqnum.Value, uint16) {
 		// else, and be silent with more to say.
 		return ack, uint16(min(65535, (n+unit-1)/unit))
 	}
-	if over := n % unit; over != 0 && ack.Less(l.ack) {
+	// Only where rounding down keeps TCP from getting as far as the client is: what
+	// is left unacknowledged counts as under way, and a TCP that has had a timeout
+	// (its packets wait here, on a loaded host for long) sends one segment at a time.
+	if over := n % unit; over != 0 && ack.Less(l.ack) && n-over < ack.To(l.ack) {
 		if less := ack.Sub(unit - over); l.told.LessEq(less) {
 			ack, n = less, n+unit-over
 		} else if n < unit { // nothing else would let it go on
