@@ -79,6 +79,8 @@ func AppendRecord(dst []byte, r Record) ([]byte, error) {
 	case OutDigest:
 		dst = be.AppendUint64(appendHead(dst, KindOutDigest, 24), uint64(r.Conn))
 		return be.AppendUint64(appendSeq(appendSeq(dst, r.Base), r.Seq), r.Sum), nil
+	case Order:
+		return appendOrder(dst, &r)
 	case Goodbye:
 		return appendHead(dst, KindGoodbye, 0), nil
 	case Handover:
@@ -197,6 +199,8 @@ func decodeBody(kind Kind, b []byte) (Record, error) {
 		r = ServerExit{Status: c.u32()}
 	case KindOutDigest:
 		r = OutDigest{Conn: ConnID(c.u64()), Base: c.seq(), Seq: c.seq(), Sum: c.u64()}
+	case KindOrder:
+		r = c.order()
 	case KindGoodbye:
 		r = Goodbye{}
 	case KindHandover:

@@ -71,6 +71,10 @@ func oneOfEach() []Record {
 		Handover{Node: "node-b"},
 		Handover{},
 		Urgent{Conn: 3, Up: 0xfffffff9},
+		Order{Upto: 1<<64 - 1, Takes: []Take{
+			{Conn: 7, What: TakeAccept}, {Conn: 3, Seq: 0xfffffffe}, {Conn: 1<<61 - 1, Seq: 1}, {Conn: 0, What: TakeClosed},
+		}},
+		Order{Upto: 5},
 	}
 }
 
@@ -158,6 +162,10 @@ func TestEncodeRefuses(t *testing.T) {
 		"zone":             ConnOpen{Tuple: zone},
 		"no reason":        ConnEnd{},
 		"from after cut":   Generation{From: 2, Cut: 1},
+		"too many takes":   Order{Takes: make([]Take, MaxTakes+1)},
+		"take of no kind":  Order{Takes: []Take{{What: 3}}},
+		"take from afar":   Order{Takes: []Take{{Conn: 1 << 61}}},
+		"take back":        Order{Takes: []Take{{Conn: 1<<61 - 1}, {Conn: 1<<64 - 9}}},
 		"nil":              nil,
 	} {
 		dst := []byte("kept")
@@ -228,7 +236,7 @@ func genRecord(t *rapid.T) Record {
 	conn := ConnID(rapid.Uint64().Draw(t, "conn"))
 	seq := func() seqnum.Value { return seqnum.Value(rapid.Uint32().Draw(t, "seq")) }
 	opts := func() []byte { return rapid.SliceOfN(rapid.Byte(), 0, MaxOptions).Draw(t, "opts") }
-	switch rapid.IntRange(1, 13).Draw(t, "kind") {
+	switch rapid.IntRange(1, 14).Draw(t, "kind") {
 	case 1:
 		return ConnOpen{conn, genTuple(t), seq(), rapid.Uint16().Draw(t, "win"), opts()}
 	case 2:
@@ -255,6 +263,16 @@ func genRecord(t *rapid.T) Record {
 		return Urgent{conn, seq()}
 	case 9:
 		return ServerExit{rapid.Uint32().Draw(t, "status")}
+	case 14:
+		var takes []Take
+		for range rapid.IntRange(0, 9).Draw(t, "takes") {
+			take := Take{Conn: ConnID(rapid.Uint64Range(0, 1<<61-1).Draw(t, "conn")), What: TakeKind(rapid.IntRange(0, 2).Draw(t, "what"))}
+			if take.What == TakeRead {
+				take.Seq = seq()
+			}
+			takes = append(takes, take)
+		}
+		return Order{Position(rapid.Uint64().Draw(t, "upto")), takes}
 	}
 	return Hello{rapid.SliceOf(rapid.Byte()).Draw(t, "config")}
 }
