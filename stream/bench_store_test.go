@@ -52,7 +52,7 @@ func BenchmarkStore(b *testing.B) {
 		b.Run(name+"/put", func(b *testing.B) {
 			b.SetBytes(int64(len(img)))
 			for b.Loop() {
-				if _, err := st.Collect(b.Context(), func(Hash) bool { return false }); err != nil {
+				if _, err := st.Collect(b.Context(), survey(b, st), func(Hash) bool { return false }); err != nil {
 					b.Fatal(err)
 				}
 				var sent int64

@@ -270,7 +270,7 @@ func testStore(t *testing.T, tg *target) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := s.Collect(ctx, func(h Hash) bool { return live[h] })
+	n, err := s.Collect(ctx, survey(t, s), func(h Hash) bool { return live[h] })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -335,7 +335,7 @@ func testStore(t *testing.T, tg *target) {
 	})
 	corrupt("a blob", func() error { _, err := s.Get(ctx, blobs[1]); return err })
 	// The way out: collect it, store it anew.
-	if _, err := s.Collect(ctx, func(h Hash) bool { return h != chunks[25] && h != blobs[1] }); err != nil {
+	if _, err := s.Collect(ctx, survey(t, s), func(h Hash) bool { return h != chunks[25] && h != blobs[1] }); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := s.PutReader(ctx, bytes.NewReader(img)); err != nil {

@@ -32,6 +32,10 @@ type Store struct {
 
 	mu    sync.Mutex
 	known map[Hash]struct{} // on the server; nil: not asked yet
+	// On the server as well, in messages up to staleTo, but not to be relied upon.
+	stale   map[Hash]struct{}
+	staleTo uint64
+	trusted func(Hash) bool // nil: all
 }
 
 // Store gives access to the service's checkpoint store.
@@ -47,6 +51,16 @@ func (s *Store) exchange() *exchange {
 	return newExchange(func(ctx context.Context) (*conn, error) {
 		return s.log.shared(ctx, &s.log.bulk, "store", nil)
 	})
+}
+
+// Trust says which of the chunks that are there may be relied upon: those of a
+// generation that every earlier primary keeps, too. Any other is stored anew when
+// it is needed, since an earlier primary, stopped in the midst of a Collect, may
+// still drop it. Call it when a tenure begins. Without it all is trusted.
+func (s *Store) Trust(trusted func(Hash) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.trusted, s.known = trusted, nil
 }
 
 // Refresh makes the Store forget what it knows of the server's content. Call
@@ -65,17 +79,20 @@ func (s *Store) learn(ctx context.Context) error {
 	if have {
 		return nil
 	}
-	chunks, _, err := s.list(ctx)
+	all, err := s.list(ctx)
 	if err != nil {
 		return err
 	}
-	known := make(map[Hash]struct{}, len(chunks))
-	for _, h := range chunks {
-		known[h] = struct{}{}
-	}
 	s.mu.Lock()
-	s.known = known
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	s.known, s.stale, s.staleTo = make(map[Hash]struct{}, len(all.chunks)), make(map[Hash]struct{}), all.last
+	for _, h := range all.chunks {
+		if s.trusted == nil || s.trusted(h) {
+			s.known[h] = struct{}{}
+		} else {
+			s.stale[h] = struct{}{}
+		}
+	}
 	return nil
 }
 
@@ -112,6 +129,9 @@ func (s *Store) PutReader(ctx context.Context, r io.Reader) (chunks []Hash, sent
 			chunks = append(chunks, h)
 			if _, twice := sending[h]; !twice && !s.knows(h) {
 				sending[h] = struct{}{}
+				if err := s.renew(ctx, h); err != nil {
+					return nil, sent, fmt.Errorf("store chunks: %w", err)
+				}
 				m := s.pack.packChunk(buf[:n])
 				sent += int64(len(m))
 				if err := s.put(ctx, x, s.log.names.chunk+h.String(), m, func() { s.note(h) }); err != nil {
@@ -130,6 +150,32 @@ func (s *Store) PutReader(ctx context.Context, r io.Reader) (chunks []Hash, sent
 		return nil, sent, fmt.Errorf("store chunks: %w", err)
 	}
 	return chunks, sent, nil
+}
+
+// renew makes room for a chunk whose message an earlier primary may be about to
+// drop. That one drops nothing that was stored after our fence, so a new message
+// is safe from it. The bound keeps the request from harm if it is done twice.
+func (s *Store) renew(ctx context.Context, h Hash) error {
+	s.mu.Lock()
+	_, stale := s.stale[h]
+	to := s.staleTo
+	s.mu.Unlock()
+	if !stale {
+		return nil
+	}
+	c, err := s.log.control(ctx)
+	if err != nil {
+		return err
+	}
+	var r struct{}
+	ask := map[string]any{"filter": s.log.names.chunk + h.String(), "seq": to + 1}
+	if err := c.request(ctx, "$JS.API.STREAM.PURGE."+s.log.names.storeStream, ask, &r); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	delete(s.stale, h)
+	s.mu.Unlock()
+	return nil
 }
 
 // put sends one message; that the subject has one already is as good.
@@ -293,20 +339,35 @@ func (s *Store) CopyTo(ctx context.Context, w io.Writer, chunks []Hash) error {
 
 // List returns all that is stored, chunks and blobs, in no order.
 func (s *Store) List(ctx context.Context) ([]Hash, error) {
-	chunks, blobs, err := s.list(ctx)
+	all, err := s.list(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list store: %w", err)
 	}
-	return append(chunks, blobs...), nil
+	return append(all.chunks, all.blobs...), nil
 }
 
 // listTimeout is for one page, of up to 100,000 subjects.
 const listTimeout = 10 * time.Second
 
-func (s *Store) list(ctx context.Context) (chunks, blobs []Hash, err error) {
+// Survey is what there was in a store at some time.
+type Survey struct {
+	chunks, blobs []Hash
+	last          uint64 // sequence of the newest message then, or of an older one
+}
+
+// Survey lists the store for a Collect to come.
+func (s *Store) Survey(ctx context.Context) (Survey, error) {
+	all, err := s.list(ctx)
+	if err != nil {
+		return Survey{}, fmt.Errorf("list store: %w", err)
+	}
+	return all, nil
+}
+
+func (s *Store) list(ctx context.Context) (all Survey, err error) {
 	c, err := s.log.control(ctx)
 	if err != nil {
-		return nil, nil, err
+		return Survey{}, err
 	}
 	n := &s.log.names
 	for offset := 0; ; {
@@ -314,22 +375,26 @@ func (s *Store) list(ctx context.Context) (chunks, blobs []Hash, err error) {
 			Total int `json:"total"`
 			State struct {
 				Subjects map[string]uint64 `json:"subjects"`
+				Last     uint64            `json:"last_seq"`
 			} `json:"state"`
 		}
 		ask := map[string]any{"subjects_filter": ">", "offset": offset}
 		if err := c.requestIn(ctx, listTimeout, "$JS.API.STREAM.INFO."+n.storeStream, ask, &r); err != nil {
-			return nil, nil, err
+			return Survey{}, err
+		}
+		if offset == 0 {
+			all.last = r.State.Last
 		}
 		for subject := range r.State.Subjects {
 			if h, ok := hashOf(subject, n.chunk); ok {
-				chunks = append(chunks, h)
+				all.chunks = append(all.chunks, h)
 			} else if h, ok := hashOf(subject, n.blob); ok {
-				blobs = append(blobs, h)
+				all.blobs = append(all.blobs, h)
 			}
 		}
 		offset += len(r.State.Subjects)
 		if len(r.State.Subjects) == 0 || offset >= r.Total {
-			return chunks, blobs, nil
+			return all, nil
 		}
 	}
 }
@@ -343,24 +408,27 @@ func hashOf(subject, prefix string) (h Hash, ok bool) {
 	return h, err == nil
 }
 
-// Collect drops all that live does not want and returns how much it dropped;
-// the parts of a live blob are kept with it. Only the primary may collect.
-func (s *Store) Collect(ctx context.Context, live func(Hash) bool) (int, error) {
-	n, err := s.collect(ctx, live)
+// Collect drops of what was there then all that live does not want, and returns
+// how much it dropped; the parts of a live blob are kept with it. Nothing stored
+// after the Survey is touched.
+//
+// Only the primary may collect, and nobody can know that he still is: a host may
+// be stopped in the midst of this and go on after a takeover. So something has to
+// be appended to the log after the Survey and to be stable before Collect: it
+// shows that the Survey is older than the fence of any other primary. See Trust
+// for the other half.
+func (s *Store) Collect(ctx context.Context, then Survey, live func(Hash) bool) (int, error) {
+	n, err := s.collect(ctx, then, live)
 	if err != nil {
 		return n, fmt.Errorf("collect store: %w", err)
 	}
 	return n, nil
 }
 
-func (s *Store) collect(ctx context.Context, live func(Hash) bool) (n int, err error) {
-	chunks, blobs, err := s.list(ctx)
-	if err != nil {
-		return 0, err
-	}
+func (s *Store) collect(ctx context.Context, then Survey, live func(Hash) bool) (n int, err error) {
 	parts := make(map[Hash]struct{})
 	var dead []string
-	for _, h := range blobs {
+	for _, h := range then.blobs {
 		if !live(h) {
 			dead = append(dead, s.log.names.blob+h.String())
 			continue
@@ -379,7 +447,7 @@ func (s *Store) collect(ctx context.Context, live func(Hash) bool) (n int, err e
 		}
 	}
 	var gone []Hash
-	for _, h := range chunks {
+	for _, h := range then.chunks {
 		if _, part := parts[h]; !part && !live(h) {
 			dead = append(dead, s.log.names.chunk+h.String())
 			gone = append(gone, h)
@@ -393,7 +461,7 @@ func (s *Store) collect(ctx context.Context, live func(Hash) bool) (n int, err e
 	x := s.exchange()
 	defer x.close()
 	for _, subject := range dead {
-		ask, err := json.Marshal(map[string]string{"filter": subject})
+		ask, err := json.Marshal(map[string]any{"filter": subject, "seq": then.last + 1})
 		if err != nil {
 			return n, err
 		}

@@ -119,6 +119,9 @@ func (p *primary) takeGeneration(ctx context.Context) (control.CheckpointResult,
 		return res, err
 	}
 	at := time.Now()
+	if err := p.trust(ctx); err != nil {
+		return res, fmt.Errorf("upload generation %d: %w", id, err)
+	}
 	if m.Image, _, err = checkpoint.Upload(ctx, p.store, dir); err != nil {
 		return res, fmt.Errorf("upload generation %d: %w", id, err)
 	}
@@ -310,6 +313,14 @@ func (p *primary) publish(ctx context.Context, m checkpoint.Manifest, at time.Ti
 	if err != nil {
 		return gen, fmt.Errorf("store manifest of generation %d: %w", m.ID, err)
 	}
+	// Before the record: once that is stable, the survey is known to be older than
+	// any other primary's fence, and what is dropped by it is nobody else's.
+	p.survey = nil
+	if then, err := p.store.Survey(ctx); err == nil {
+		p.survey = &then
+	} else {
+		p.log.Warn("no chunks will be collected behind this generation", "err", err)
+	}
 	gen = stream.Generation{ID: m.ID, Manifest: h, Cut: m.Cut, From: m.From, FromSeq: seq}
 	var pos stream.Position
 	p.drv.with(func() { pos = p.drv.machine.Append(gen) })
@@ -344,8 +355,8 @@ func (p *primary) collect(ctx context.Context) error {
 			return fmt.Errorf("purge the log before %d: %w", r.PurgeBefore, err)
 		}
 	}
-	if live, ok := checkpoint.Live(r.Keep, manifests); ok && r.Collect {
-		if _, err := p.store.Collect(ctx, func(h stream.Hash) bool { return live[h] }); err != nil {
+	if live, ok := checkpoint.Live(r.Keep, manifests); ok && r.Collect && p.survey != nil {
+		if _, err := p.store.Collect(ctx, *p.survey, func(h stream.Hash) bool { return live[h] }); err != nil {
 			return fmt.Errorf("collect chunks: %w", err)
 		}
 	}

@@ -55,10 +55,12 @@ type primary struct {
 	translated *translations  // of the capsule; nil outside of one
 	server     *stream.Server // embedded log, nil when it is elsewhere
 
-	nextConn  stream.ConnID   // identity of this epoch's first new connection
-	lastID    uint64          // number of the newest generation, whoever took it
-	cutLogged uint64          // client octets logged by the cut of the one under way
-	first     stream.Position // first record of this epoch
+	nextConn  stream.ConnID     // identity of this epoch's first new connection
+	lastID    uint64            // number of the newest generation, whoever took it
+	cutLogged uint64            // client octets logged by the cut of the one under way
+	trusts    stream.Generation // newest of the epochs before; its chunks may be relied upon. ID 0: settled
+	survey    *stream.Survey    // of the store, just before the newest generation's record
+	first     stream.Position   // first record of this epoch
 
 	exited <-chan struct{} // the server process is gone
 	life   func() tcpwrap.Life

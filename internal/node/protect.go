@@ -296,7 +296,7 @@ func (p *primary) mayClaim(ctx context.Context) (prev stream.StreamSeq, err erro
 		}
 	}
 	l, err := readLegacy(ctx, p.lg, p.store)
-	p.lastID, p.nextConn = l.gen.ID, l.nextConn
+	p.lastID, p.nextConn, p.trusts = l.gen.ID, l.nextConn, l.gen
 	return f.Seq, err
 }
 
