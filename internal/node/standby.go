@@ -323,60 +323,70 @@ func (s *standby) fetchNewest(ctx context.Context) error {
 	if taking || gen.ID == 0 || gen.ID == have {
 		return nil
 	}
-	b, err := s.store.Get(ctx, gen.Manifest)
-	if err != nil {
-		return fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
-	}
-	m, err := checkpoint.DecodeManifest(b)
-	if err != nil {
-		return fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
-	}
-	sth, err := parseSouth(m.South)
-	if err != nil {
-		return err
-	}
-	svc, err := sth.service()
-	if err != nil {
-		return fmt.Errorf("generation %d: %w", gen.ID, err)
-	}
-	if err := prepareVIPs(s.capsule, svc); err != nil {
-		return err
-	}
-	if err := checkpoint.VerifyFiles(m.Files, "/", &s.hasher); err != nil {
-		return fmt.Errorf("generation %d cannot be restored on this host: %w", gen.ID, err)
-	}
-	dir := filepath.Join(s.images, fmt.Sprintf("gen-%d", gen.ID))
 	s.mu.Lock()
 	before := s.local
 	s.mu.Unlock()
+	loc, err := s.bring(ctx, gen, at, before)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if !s.taking {
+		s.before, s.local = s.local, loc
+		s.ledger.Introduce(gen, s.local.tuples())
+	}
+	s.mu.Unlock()
+	removeAllBut(s.log, s.images, loc.dir, before.dir)
+	s.log.Debug("generation is here", "generation", gen.ID, "bytes", loc.manifest.ImageBytes)
+	return nil
+}
+
+// bring fetches the image of a generation whose record was read at at. What it
+// shares with the one that is here already is not sent again.
+func (s *standby) bring(ctx context.Context, gen stream.Generation, at time.Time, before local) (local, error) {
+	var none local
+	b, err := s.store.Get(ctx, gen.Manifest)
+	if err != nil {
+		return none, fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
+	}
+	m, err := checkpoint.DecodeManifest(b)
+	if err != nil {
+		return none, fmt.Errorf("read manifest of generation %d: %w", gen.ID, err)
+	}
+	sth, err := parseSouth(m.South)
+	if err != nil {
+		return none, err
+	}
+	svc, err := sth.service()
+	if err != nil {
+		return none, fmt.Errorf("generation %d: %w", gen.ID, err)
+	}
+	if err := prepareVIPs(s.capsule, svc); err != nil {
+		return none, err
+	}
+	if err := checkpoint.VerifyFiles(m.Files, "/", &s.hasher); err != nil {
+		return none, fmt.Errorf("generation %d cannot be restored on this host: %w", gen.ID, err)
+	}
+	dir := filepath.Join(s.images, fmt.Sprintf("gen-%d", gen.ID))
 	if err := os.RemoveAll(dir); err != nil { // of a standby that was killed
-		return fmt.Errorf("make room for generation %d: %w", gen.ID, err)
+		return none, fmt.Errorf("make room for generation %d: %w", gen.ID, err)
 	}
 	var prev *checkpoint.Local
 	if before.dir != "" {
 		prev = &checkpoint.Local{Dir: before.dir, Image: before.manifest.Image}
 	}
 	if _, err := checkpoint.Download(ctx, s.store, m.Image, dir, prev); err != nil {
-		return fmt.Errorf("bring generation %d here: %w", gen.ID, err)
+		return none, fmt.Errorf("bring generation %d here: %w", gen.ID, err)
 	}
 	// What can be done before a takeover is not done in one.
 	if _, err := checkpoint.ForgetSizes(dir); err != nil {
-		return fmt.Errorf("prepare generation %d: %w", gen.ID, err)
+		return none, fmt.Errorf("prepare generation %d: %w", gen.ID, err)
 	}
 	socks, err := checkpoint.ReadSockets(dir)
 	if err != nil {
-		return fmt.Errorf("read generation %d: %w", gen.ID, err)
+		return none, fmt.Errorf("read generation %d: %w", gen.ID, err)
 	}
-	s.mu.Lock()
-	if !s.taking {
-		s.before = s.local
-		s.local = local{manifest: m, gen: gen, at: at, dir: dir, svc: svc, socks: socks}
-		s.ledger.Introduce(gen, s.local.tuples())
-	}
-	s.mu.Unlock()
-	removeAllBut(s.log, s.images, dir, before.dir)
-	s.log.Debug("generation is here", "generation", gen.ID, "bytes", m.ImageBytes)
-	return nil
+	return local{manifest: m, gen: gen, at: at, dir: dir, svc: svc, socks: socks}, nil
 }
 
 // heard is called for every heartbeat.

@@ -96,7 +96,7 @@ func (s *standby) takeOver(ctx context.Context, why string, since time.Time) err
 	p, err := s.recoverFrom(actx, c, w, candidates, end)
 	if err != nil {
 		_ = w.Close()
-		if cause := context.Cause(actx); errors.Is(cause, stream.ErrFenced) {
+		if cause := errors.Join(err, context.Cause(actx)); errors.Is(cause, stream.ErrFenced) {
 			return exitcode.Wrap(exitcode.Fenced, fmt.Errorf("take over %s: another node was faster: %w", s.cfg.Name, cause))
 		}
 		// The old primary is fenced and this node cannot go on: clients are told
@@ -173,12 +173,23 @@ func (s *standby) recoverFrom(ctx context.Context, c *clock, w *stream.Writer, c
 	}
 	ledger, t := s.ledger, tenure{w.Next(), w.Fence().Seq, end}
 	var errs []error
-	for i, loc := range candidates {
+	for i := 0; ; i++ {
+		if i == len(candidates) {
+			loc, err := s.lastResort(ctx, candidates)
+			if err != nil {
+				errs = append(errs, err)
+			}
+			if loc.gen.ID == 0 {
+				break
+			}
+			candidates = append(candidates, loc)
+		}
+		loc := candidates[i]
 		if loc.gen.ID == 0 {
 			continue
 		}
-		if i > 0 {
-			s.log.Error("recovering from the generation before", "generation", loc.gen.ID, "err", errs[i-1])
+		if len(errs) > 0 {
+			s.log.Error("recovering from another generation", "generation", loc.gen.ID, "err", errs[len(errs)-1])
 			var err error
 			if t.upTo, err = logged(ctx, w, t.first); err != nil {
 				return nil, errors.Join(append(errs, err)...)
@@ -200,6 +211,22 @@ func (s *standby) recoverFrom(ctx context.Context, c *clock, w *stream.Writer, c
 		}
 	}
 	return nil, errors.Join(errs...)
+}
+
+// lastResort brings the newest generation here, when those that are here have
+// failed and it is none of them: they may be so old that the log does not lead on
+// from them any more.
+func (s *standby) lastResort(ctx context.Context, tried []local) (local, error) {
+	s.mu.Lock()
+	gen, at := s.ledger.Gen, s.ledger.GenAt
+	s.mu.Unlock()
+	for _, loc := range tried {
+		if loc.gen.ID == gen.ID {
+			return local{}, nil
+		}
+	}
+	s.log.Warn("bringing the newest generation here: nothing else can be restored", "generation", gen.ID)
+	return s.bring(ctx, gen, at, local{})
 }
 
 // logged is the newest message of the log when what clients have sent to a failed
@@ -284,8 +311,11 @@ func (s *standby) readUpTo(ctx context.Context, fence stream.StreamSeq) error {
 	defer cancel()
 	for {
 		s.mu.Lock()
-		there := s.ledger.LastSeq >= fence
+		there, newest := s.ledger.LastSeq >= fence, s.ledger.Fence
 		s.mu.Unlock()
+		if newest.Seq > fence { // this host was stopped, perhaps: to go on would take the address away from who has it
+			return fmt.Errorf("%w: %s was faster (epoch %d)", stream.ErrFenced, newest.Node, newest.Epoch)
+		}
 		if there {
 			return nil
 		}
@@ -608,6 +638,7 @@ func (r *recovery) goLive(res checkpoint.Restored) (*primary, error) {
 	if p.dir, err = imageDir(r.cfg.Common, r.cfg.Name+"-primary"); err != nil {
 		return nil, err
 	}
+	p.trusts = r.ledger.Gen
 	r.drv.failed = p.end
 	r.drv.dying, r.drv.tree = watch.Dying, newTree(res.PID)
 	next := sth.NextConn

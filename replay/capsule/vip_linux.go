@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"net"
 	"net/netip"
@@ -347,9 +348,30 @@ var announceAgain = []time.Duration{
 	time.Second, 2 * time.Second, 5 * time.Second,
 }
 
-// Announce tells the network at once where the addresses live now, and again six
-// times within five seconds in the background, until ctx ends or the addresses
-// are dropped. The error is of the first round.
+// announceEvery is how often a host says that it has the addresses. A node that was
+// stopped in the midst of a takeover and goes on after another's announces them
+// once, before it learns that it is fenced; without this, clients would ask it for
+// as long as their neighbour tables believe it.
+const announceEvery = 10 * time.Second
+
+func keepAnnouncing(ctx context.Context, all announcers, log *slog.Logger) {
+	t := time.NewTicker(announceEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		if err := all.send(); err != nil {
+			log.Debug("announce the addresses", "err", err)
+		}
+	}
+}
+
+// Announce tells the network at once where the addresses live now, again six times
+// within five seconds in the background, and every ten seconds from then on, until
+// ctx ends or the addresses are dropped. The error is of the first round.
 func (c *Capsule) Announce(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -379,6 +401,7 @@ func (c *Capsule) Announce(ctx context.Context) error {
 				c.log().Warn("repeat the announcement of the addresses", "err", err)
 			}
 		}
+		keepAnnouncing(ctx, all, c.log())
 	})
 	return err
 }
