@@ -50,9 +50,9 @@ const (
 	genChunk                       // store chunk i
 	genCut                         // wait until the log has the cut
 	genStore                       // store the manifest
+	genSurvey                      // list the store
 	genRecord                      // wait until the record is stable
 	genPurge                       // purge the log
-	genList                        // list the store
 	genCollect                     // drop chunk i of the dead
 )
 
@@ -61,6 +61,8 @@ type genJob struct {
 	g      *generation
 	chunk  int
 	pos    stream.Position
+	survey []stream.Hash // what the store had just before the record
+	upTo   uint64        // its newest message then
 	keep   []stream.Generation
 	before stream.StreamSeq
 	dead   []stream.Hash
@@ -116,12 +118,23 @@ func (n *node) advanceGeneration() bool {
 	switch j.stage {
 	case genLearn:
 		if n.known == nil {
-			n.known = map[stream.Hash]bool{}
-			n.w.store.all(func(h stream.Hash) { n.known[h] = true })
+			n.known, n.stale, n.staleTo = map[stream.Hash]bool{}, map[stream.Hash]bool{}, n.w.store.last
+			n.w.store.all(func(h stream.Hash) {
+				if n.trusted == nil || n.trusted[h] {
+					n.known[h] = true
+				} else {
+					n.stale[h] = true
+				}
+			})
 		}
 		j.stage = genChunk
 	case genChunk:
 		if h := j.g.chunks[j.chunk]; !n.known[h] {
+			if n.stale[h] {
+				n.w.store.drop(h, n.staleTo)
+				delete(n.stale, h)
+				return true
+			}
 			n.w.store.put(h)
 			n.known[h] = true
 		}
@@ -129,14 +142,16 @@ func (n *node) advanceGeneration() bool {
 			j.stage = genCut
 		}
 	case genStore:
+		n.store(j)
+	case genSurvey:
+		j.upTo = n.w.store.last
+		n.w.store.all(func(h stream.Hash) { j.survey = append(j.survey, h) })
 		n.publish(j)
 	case genPurge:
 		n.purge(j)
-	case genList:
-		n.list(j)
 	case genCollect:
 		h := j.dead[0]
-		n.w.store.drop(h, 1<<63)
+		n.w.store.drop(h, j.upTo)
 		n.w.say("%s: drops a chunk", n.name)
 		if j.dead = j.dead[1:]; len(j.dead) == 0 {
 			n.gen = nil
@@ -188,8 +203,8 @@ func (n *node) dump(j *genJob) {
 	j.stage = genLearn
 }
 
-// publish makes the generation count: manifest first, then its record.
-func (n *node) publish(j *genJob) {
+// store puts the manifest into the store.
+func (n *node) store(j *genJob) {
 	seq, ok := n.log.core.SeqOf(j.g.rec.From)
 	if !ok && j.g.rec.From < n.first {
 		if len(n.kept) > 0 {
@@ -204,6 +219,11 @@ func (n *node) publish(j *genJob) {
 	j.g.rec.FromSeq = seq
 	n.w.store.put(j.g.rec.Manifest)
 	n.w.manifests[j.g.rec.Manifest] = j.g
+	j.stage = genSurvey
+}
+
+// publish makes the generation count.
+func (n *node) publish(j *genJob) {
 	j.pos = n.machine.Append(j.g.rec)
 	j.stage = genRecord
 	n.carryOut()
@@ -229,11 +249,11 @@ func (n *node) purge(j *genJob) {
 	n.log.core.Trim(before)
 	n.w.log.purge(before)
 	n.w.say("%s: purges the log before %d", n.name, before)
-	j.stage = genList
+	n.collect(j)
 }
 
-// list finds out which chunks nobody needs.
-func (n *node) list(j *genJob) {
+// collect finds out which chunks nobody needs.
+func (n *node) collect(j *genJob) {
 	manifests := map[stream.Hash]checkpoint.Manifest{}
 	var rest []*generation
 	for _, g := range n.kept {
@@ -250,12 +270,12 @@ func (n *node) list(j *genJob) {
 		n.gen = nil
 		return
 	}
-	n.w.store.all(func(h stream.Hash) {
+	for _, h := range j.survey {
 		if !live[h] {
 			j.dead = append(j.dead, h)
 			delete(n.known, h)
 		}
-	})
+	}
 	j.stage = genCollect
 	if len(j.dead) == 0 {
 		n.gen = nil

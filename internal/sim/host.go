@@ -93,16 +93,22 @@ func (n *node) perform(r *tcpwrap.Ready) {
 			n.w.say("%s: record %d: %T%+v", n.name, r.Records[i].Pos, r.Records[i].Record, r.Records[i].Record)
 		}
 		if err := n.log.core.Append(r.Records[i].Pos, r.Records[i].Record); err != nil {
-			n.machine.Stop()
+			if n.engine != nil {
+				n.engine.Doubt(true)
+			}
+			if n.machine != nil {
+				n.machine.Stop()
+			}
 			n.log.failed = err
 			break
 		}
 	}
 	segments, verdicts := slices.Clone(r.Segments), slices.Clone(r.Verdicts)
 	n.buf = n.buf[:0]
-	var ends [16]int
+	var ends [16]int // of the packets
 	at := ends[:0]
-	for i := range segments { // their payloads are good until Reset
+	segments = slices.DeleteFunc(segments, func(o tcpwrap.Outgoing) bool { return o.Unreachable }) // a mere hint
+	for i := range segments {                                                                      // their payloads are good until Reset
 		n.buf = tcpwrap.AppendOutgoing(n.buf, &segments[i])
 		at = append(at, len(n.buf))
 	}

@@ -25,16 +25,17 @@ var roleNames = [...]string{"standby", "taking over", "primary", "ended", "broke
 
 // Times of internal/node.
 const (
-	tickEvery   = 5 * time.Millisecond
-	detect      = 100 * time.Millisecond
-	fenceTime   = 5 * time.Second
-	quietTime   = 5 * time.Second
-	partingTime = 10 * time.Second
-	reopenAfter = 500 * time.Millisecond
-	ackTime     = 500 * time.Millisecond
-	apiTimeout  = 1 * time.Second
-	clockMargin = 200
-	maxBacklog  = 64 << 20
+	tickEvery     = 5 * time.Millisecond
+	detect        = 100 * time.Millisecond
+	fenceTime     = 5 * time.Second
+	quietTime     = 5 * time.Second
+	partingTime   = 10 * time.Second
+	reopenAfter   = 500 * time.Millisecond
+	announceEvery = 10 * time.Second
+	ackTime       = 500 * time.Millisecond
+	apiTimeout    = 1 * time.Second
+	clockMargin   = 200
+	maxBacklog    = 64 << 20
 )
 
 // node is a host with its agent.
@@ -66,9 +67,13 @@ type node struct {
 	lastID    uint64
 	first     stream.Position
 	beatAt    time.Time
+	announced time.Time // the address, the last time
 	take      *takeover
 	survivors []replay.Survivor
 	known     map[stream.Hash]bool // what the store is believed to have; nil: not asked yet
+	stale     map[stream.Hash]bool // what it has and may not be relied upon, in messages up to staleTo
+	staleTo   uint64
+	trusted   map[stream.Hash]bool // nil: all
 	exitUntil time.Time            // how long the log may take to hear of the server's death
 
 	// As standby.
@@ -114,6 +119,7 @@ func (n *node) stand() {
 	n.ledger, n.follow, n.from, n.strict = replay.NewLedger(), stream.NewFollow(0), 1, false
 	n.newest, n.before, n.reopen = nil, nil, time.Time{}
 	n.take, n.machine, n.engine, n.log, n.gen, n.kept, n.known = nil, nil, nil, nil, nil, nil, nil
+	n.trusted = nil
 	n.vip, n.serving, n.dying = false, false, false
 	n.clear()
 }
@@ -159,12 +165,12 @@ func (n *node) tick() {
 		n.watch()
 	case taking:
 		n.beatStandby()
+		if n.log != nil { // it has the fence
+			n.beatPrimary()
+		}
 		n.takeOn()
 	case primary:
-		if n.w.now.Sub(n.beatAt) >= roles.BeatEvery {
-			n.beatAt = n.w.now
-			n.w.beat(roles.Primary, n)
-		}
+		n.beatPrimary()
 	}
 	if n.role == primary || n.role == taking {
 		n.tickDriver()
@@ -173,6 +179,16 @@ func (n *node) tick() {
 	if n.role == primary && n.dying && (n.log.core.Stable() == n.log.core.Next()-1 || n.w.now.After(n.exitUntil)) {
 		n.w.say("%s: makes way", n.name)
 		n.leaveHost()
+	}
+}
+
+func (n *node) beatPrimary() {
+	if n.vip && n.carrier && n.epoch > 1 && n.w.now.Sub(n.announced) >= announceEvery { // replay/capsule's
+		n.announced, n.w.route = n.w.now, n.num
+	}
+	if n.w.now.Sub(n.beatAt) >= roles.BeatEvery {
+		n.beatAt = n.w.now
+		n.w.beat(roles.Primary, n)
 	}
 }
 
@@ -211,11 +227,18 @@ func (n *node) tickDriver() {
 			}
 		}
 	}
-	if n.machine != nil {
-		n.machine.Doubt(n.w.now, !n.carrier || n.log.core.State().Phase != stream.WriterOK)
-		n.machine.Tick()
-		n.carryOut()
+	if n.log == nil {
+		return
 	}
+	doubt := !n.carrier || n.log.core.State().Phase != stream.WriterOK
+	if n.engine != nil {
+		n.engine.Doubt(doubt)
+	}
+	if n.machine != nil {
+		n.machine.Doubt(n.w.now, doubt)
+		n.machine.Tick()
+	}
+	n.carryOut()
 }
 
 // watch is the standby's look at the primary.
@@ -326,15 +349,16 @@ func (n *node) drive() {
 			n.w.say("%s: stable up to %d", n.name, do.UpTo)
 			if n.machine != nil {
 				n.machine.Stable(n.w.now, do.UpTo)
-				n.carryOut()
 			}
+			if n.engine != nil {
+				n.engine.Stable(n.w.now, do.UpTo)
+			}
+			n.carryOut()
 		case stream.DoEnd:
 			l.endSeen = true
 			n.hangUp(l)
 			n.w.say("%s: the writer ends: %v", n.name, do.Err)
-			if n.role == primary { // before that nobody listens
-				n.tenureEnds(do.Err)
-			}
+			n.tenureEnds(do.Err)
 			return
 		}
 	}
@@ -419,8 +443,10 @@ func (n *node) answered(c *logConn, r *answer) {
 
 // tenureEnds is the end of a primary whose writer or queue has ended.
 func (n *node) tenureEnds(err error) {
-	n.machine.Stop()
-	n.carryOut()
+	if n.machine != nil {
+		n.machine.Stop()
+		n.carryOut()
+	}
 	switch roles.AfterEnd(err) {
 	case roles.Leave:
 		n.w.say("%s: fenced", n.name)
@@ -439,7 +465,7 @@ func (n *node) leaveHost() {
 	n.closeConns()
 	n.vip, n.serving = false, false
 	n.clear()
-	n.machine, n.engine, n.log, n.gen = nil, nil, nil, nil
+	n.machine, n.engine, n.log, n.gen, n.take = nil, nil, nil, nil, nil
 	n.agent = false
 	n.role = ended
 }

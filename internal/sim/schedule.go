@@ -12,6 +12,7 @@ type Setup struct {
 	Slow       int  // how seldom the server reads
 	Overruns   int  // one in so many segments is dropped for want of memory, 0: none
 	BadImages  int  // one in so many restores fails, 0: none
+	Stops      int  // one in so many steps of a generation is the last one before its host is stopped, 0: none
 	Timestamps bool // RFC 7323
 	Strict     bool // TCP discards what reaches beyond its window (Linux since 6.17)
 }
@@ -86,13 +87,18 @@ func Generate(seed uint64) *Schedule {
 	d := dice{seed*0x9e3779b97f4a7c15 + 1}
 	s := &Schedule{Seed: seed, Setup: Setup{
 		Nodes: d.between(2, 4), Slow: []int{1, 1, 3, 20}[d.n(4)], Overruns: []int{0, 0, 4, 10}[d.n(4)],
-		BadImages: []int{0, 0, 0, 6}[d.n(4)], Timestamps: d.chance(2), Strict: d.chance(2),
+		BadImages: []int{0, 0, 0, 6}[d.n(4)], Stops: []int{0, 0, 0, 8}[d.n(4)], Timestamps: d.chance(2), Strict: d.chance(2),
 	}}
 	w := weights
 	for o := faulty; o < ops; o++ { // each seed has its own troubles
 		if !d.chance(3) {
 			w[o] *= d.n(4)
 		}
+	}
+	if s.Setup.Stops > 0 {
+		w[OpWait] *= 3
+		w[OpGenerate] *= 2
+		w[OpResume] += 2
 	}
 	total := 0
 	for _, x := range w {
@@ -178,6 +184,10 @@ func (w *World) do(s *Step) {
 			for range d.between(1, 3) {
 				n.advanceGeneration()
 			}
+			if n.gen != nil && w.setup.Stops > 0 && d.chance(w.setup.Stops) {
+				w.say("%s: is stopped in the middle of a generation", n.name)
+				n.paused = true
+			}
 		}
 	case OpWait:
 		w.wait(time.Duration(d.between(1, 8)*d.between(1, 8)) * 10 * time.Millisecond)
@@ -228,6 +238,16 @@ func (w *World) busiest(n *node) *node {
 	return n
 }
 
+// resume lets a host that was stopped go on, each of its threads where it was: the
+// one that takes a generation may be quicker than the one that learns of a fence.
+func (n *node) resume() {
+	n.w.say("%s: goes on", n.name)
+	n.paused = false
+	for range n.w.d.n(5) {
+		n.advanceGeneration()
+	}
+}
+
 // lastHope reports whether nobody but n serves or could.
 func (w *World) lastHope(n *node) bool {
 	for _, o := range w.nodes {
@@ -269,8 +289,7 @@ func (w *World) fault(o Op, n *node) {
 	case OpResume:
 		for _, n := range w.nodes {
 			if n.paused && d.chance(2) {
-				w.say("%s: goes on", n.name)
-				n.paused = false
+				n.resume()
 			}
 		}
 	case OpCutClients:

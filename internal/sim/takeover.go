@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/ftckpt/ftckpt/checkpoint"
 	"github.com/ftckpt/ftckpt/replay"
 	"github.com/ftckpt/ftckpt/stream"
 	"github.com/ftckpt/ftckpt/tcpwrap"
@@ -20,6 +21,7 @@ type takeStage uint8
 const (
 	takeClaim   takeStage = iota // the fence
 	takeRead                     // the log up to the fence
+	takeDrain                    // an attempt has failed: what clients have sent meanwhile is to be stable
 	takeRestore                  // CRIU is at work
 	takeReplay
 )
@@ -28,7 +30,8 @@ const (
 type takeover struct {
 	n     *node
 	stage takeStage
-	until time.Time // the fence has to be ours by then
+	until time.Time        // the fence has to be ours by then
+	upTo  stream.StreamSeq // of the log, what has to be replayed
 
 	// The claim, and what it waits for.
 	claim  *stream.Claim
@@ -155,6 +158,7 @@ func (n *node) fenced(stable stream.Position, newest stream.StreamSeq) {
 	n.epoch = f.Epoch
 	n.log = &logLink{core: stream.NewCore(f, stable, newest, ackTime, maxBacklog, n.w.now), conn: t.conn}
 	t.conn.claiming = false
+	n.first, t.upTo = stable+1, f.Seq
 	t.stage = takeRead
 	t.until = n.w.now.Add(fenceTime)
 	n.w.say("%s: has fenced the primary, epoch %d, behind position %d", n.name, f.Epoch, stable)
@@ -185,11 +189,25 @@ func (n *node) takeOn() {
 		}
 		t.ask(ask{kind: askNewestFence})
 	case takeRead:
-		if n.ledger.LastSeq >= t.claim.Fence().Seq {
+		if f := n.ledger.Fence; f.Seq > t.claim.Fence().Seq {
+			n.w.say("%s: %s was faster", n.name, f.Node)
+			n.leaveHost()
+		} else if n.ledger.LastSeq >= t.claim.Fence().Seq {
 			t.ledger = n.ledger
 			n.plan()
 		} else if now.After(t.until) {
 			n.fails(errors.New("read the log up to the fence"))
+		}
+	case takeDrain:
+		switch core := n.log.core; {
+		case core.Stable() == core.Next()-1:
+			if last := core.Stable(); last >= n.first {
+				t.upTo, _ = core.SeqOf(last)
+			}
+			n.plan()
+		case now.After(t.until):
+			t.candidates = nil
+			n.fails(errors.New("wait for what clients have sent meanwhile"))
 		}
 	case takeRestore:
 		if !now.Before(t.restoredAt) {
@@ -211,8 +229,8 @@ func (n *node) fails(err error) {
 	}
 	if len(t.candidates) > 0 && t.stage > takeRead {
 		n.clear()
-		n.serving = false
-		n.plan()
+		n.engine, n.serving = nil, false
+		t.stage, t.until = takeDrain, n.w.now.Add(fenceTime)
 		return
 	}
 	n.leaveHost()
@@ -244,7 +262,7 @@ func (n *node) plan() {
 		sv := replay.Survivor{Cut: c}
 		ts := clock(c.ServerTS, g.dumped)
 		if ln := t.ledger.Line(c.Conn); ln != nil {
-			sv.Ended, sv.Digests = ln.Ended, ln.Digests
+			sv.Ended, sv.Digests, sv.Logged = ln.Ended, ln.Digests, ln.Logged
 			if ln.Known {
 				sv.State, sv.Known = ln.State, true
 				if ln.State.ServerTS != 0 {
@@ -264,8 +282,10 @@ func (n *node) plan() {
 	newborns := t.ledger.Newborns(g.rec.Cut, waited, func(ts uint32, seen time.Time) uint32 { return clock(ts, seen) + clockMargin })
 	n.engine = replay.NewEngine(survivors)
 	t.reborn = n.engine.AddNewborns(newborns)
-	n.vip, n.w.route = true, n.num
+	n.vip, n.w.route, n.announced = true, n.num, now
 	n.w.say("%s: takes the address; generation %d, %d connections and %d younger ones", n.name, g.rec.ID, len(survivors), len(newborns))
+	silence := n.w.now.Sub(n.judge.HeardAt())
+	n.engine.StandIn(n.log.core.Next(), silence)
 	n.engine.Greet()
 	n.carryOut()
 	t.stage = takeRestore
@@ -276,7 +296,7 @@ func (n *node) plan() {
 // entries reads the log from a generation on up to our fence.
 func (n *node) entries(g *generation, each func(stream.Entry)) error {
 	from := max(g.rec.FromSeq, 1)
-	_, err := n.w.log.read(stream.NewFollow(n.w.log.epochAt(from)), from, from > 1, n.take.claim.Fence().Seq, each)
+	_, err := n.w.log.read(stream.NewFollow(n.w.log.epochAt(from)), from, from > 1, n.take.upTo, each)
 	return err
 }
 
@@ -370,13 +390,17 @@ func (n *node) goLive() {
 			w.violate(6, "%s: connection %d of client %d is lost", n.name, o.Conn, c.name)
 		}
 	}
-	m := tcpwrap.NewMachine(n.log.core.Next(), next, tcpwrap.DefaultLimits())
+	late := t.ledger.TimeWait(w.now)
 	cuts, waiting := n.engine.GoLive()
+	m := tcpwrap.NewMachine(n.engine.Next(), next, tcpwrap.DefaultLimits())
+	m.StableSoFar(n.log.core.Stable())
+	n.engine.Succeed(m)
 	n.machine = m
 	m.Append(stream.Hello{})
 	m.Adopt(cuts)
-	n.first, n.kept, n.lastID = n.log.core.Next(), []*generation{g}, t.ledger.Gen.ID
-	n.known = nil
+	m.Linger(late)
+	n.kept, n.lastID = []*generation{g}, t.ledger.Gen.ID
+	n.known, n.trusted = nil, n.keptByAll(g, t.ledger.Gen)
 	n.take, n.role = nil, primary
 	if w.epochOf(n) {
 		w.truth.lives(g)
@@ -395,9 +419,20 @@ func (n *node) goLive() {
 		}
 	}
 	n.carryOut()
-	if n.log.endSeen { // OnEnd tells at once what has happened before
-		n.tenureEnds(n.log.core.State().Err)
+}
+
+// keptByAll are the chunks that every earlier primary keeps, stopped and gone on as
+// it may be.
+func (n *node) keptByAll(restored *generation, newest stream.Generation) map[stream.Hash]bool {
+	g := n.w.manifests[newest.Manifest]
+	gens := []stream.Generation{g.rec}
+	if restored.rec.ID+1 == newest.ID {
+		gens = append(gens, restored.rec)
 	}
+	live, _ := checkpoint.Live(gens, map[stream.Hash]checkpoint.Manifest{
+		g.rec.Manifest: g.manifest(), restored.rec.Manifest: restored.manifest(),
+	})
+	return live
 }
 
 // epochOf reports whether n holds the newest epoch.

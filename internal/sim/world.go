@@ -169,8 +169,11 @@ func (w *World) heal() {
 	w.calm, w.slow = true, 1
 	w.log.up, w.log.full, w.log.stale, w.log.dropNext = true, false, 0, 0
 	for _, n := range w.nodes {
-		n.paused, n.cutClients, n.cutLogUp, n.cutLogDown = false, false, false, false
+		n.cutClients, n.cutLogUp, n.cutLogDown = false, false, false
 		n.setCarrier(true)
+		if n.paused {
+			n.resume()
+		}
 		if n.machine != nil {
 			n.machine.Congested(false)
 		}
