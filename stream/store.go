@@ -71,6 +71,16 @@ func (s *Store) Refresh() {
 	s.known = nil
 }
 
+// Learn asks the server what it has, unless that is known. The first Put does so,
+// too; but after Trust a record that was appended to the log behind Learn has to be
+// stable before the first Put, as for Collect.
+func (s *Store) Learn(ctx context.Context) error {
+	if err := s.learn(ctx); err != nil {
+		return fmt.Errorf("list store: %w", err)
+	}
+	return nil
+}
+
 // learn asks the server what it has, once.
 func (s *Store) learn(ctx context.Context) error {
 	s.mu.Lock()

@@ -39,6 +39,17 @@ func (p *primary) trust(ctx context.Context) error {
 	}
 	live, _ := checkpoint.Live(gens, manifests) // all are there
 	p.store.Trust(func(h stream.Hash) bool { return live[h] })
+	if err := p.store.Learn(ctx); err != nil {
+		return err
+	}
+	// What the store makes room for is bounded by what it has just learned, and that
+	// has to be older than anybody else's fence. A record behind it, of no
+	// connection, shows that it is.
+	var pos stream.Position
+	p.drv.with(func() { pos = p.drv.machine.Append(stream.ConnEnd{Reason: stream.EndClosed}) })
+	if err := p.stableTo(ctx, pos); err != nil {
+		return err
+	}
 	p.trusts = stream.Generation{}
 	return nil
 }

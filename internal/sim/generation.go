@@ -47,6 +47,7 @@ type genStage uint8
 const (
 	genFrozen  genStage = iota + 1 // packets wait, the dump runs
 	genLearn                       // ask the store what it has
+	genProof                       // wait until a record behind that is stable
 	genChunk                       // store chunk i
 	genCut                         // wait until the log has the cut
 	genStore                       // store the manifest
@@ -105,6 +106,13 @@ func (n *node) advanceGeneration() bool {
 			return true
 		}
 		return false
+	case genProof:
+		if n.log.core.Stable() >= j.pos {
+			n.proven = true
+			j.stage = genChunk
+			return true
+		}
+		return false
 	case genRecord:
 		if n.log.core.Stable() >= j.pos {
 			n.counts(j)
@@ -128,6 +136,11 @@ func (n *node) advanceGeneration() bool {
 			})
 		}
 		j.stage = genChunk
+		if n.trusted != nil && !n.proven { // internal/node's trust
+			j.pos, j.stage = n.machine.Append(stream.ConnEnd{Reason: stream.EndClosed}), genProof
+			n.carryOut()
+			n.drive()
+		}
 	case genChunk:
 		if h := j.g.chunks[j.chunk]; !n.known[h] {
 			if n.stale[h] {

@@ -74,6 +74,7 @@ type node struct {
 	stale     map[stream.Hash]bool // what it has and may not be relied upon, in messages up to staleTo
 	staleTo   uint64
 	trusted   map[stream.Hash]bool // nil: all
+	proven    bool                 // known and stale are older than any other fence
 	exitUntil time.Time            // how long the log may take to hear of the server's death
 
 	// As standby.

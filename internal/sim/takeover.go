@@ -400,7 +400,7 @@ func (n *node) goLive() {
 	m.Adopt(cuts)
 	m.Linger(late)
 	n.kept, n.lastID = []*generation{g}, t.ledger.Gen.ID
-	n.known, n.trusted = nil, n.keptByAll(g, t.ledger.Gen)
+	n.known, n.trusted, n.proven = nil, n.keptByAll(g, t.ledger.Gen), false
 	n.take, n.role = nil, primary
 	if w.epochOf(n) {
 		w.truth.lives(g)
