@@ -269,7 +269,9 @@ func (m *Machine) inbound(id PacketID, s *Segment) {
 			v = Drop
 		}
 	case s.Flags.Has(SYN):
-		if m.congested { // a connection is two records, and a flood many
+		// A connection is two records, and a flood many. A SYN with data (RFC 7413) is
+		// sent again without: what TCP accepts with it is in no record.
+		if m.congested || len(s.Payload) > 0 {
 			m.stats.Refused++
 			v = Drop
 			break

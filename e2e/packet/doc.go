@@ -27,9 +27,10 @@
 //
 // A segment is
 //
-//	FLAGS [SEQ:END[(LEN)]] [ack N] [win N] [<OPTIONS>] ["TEXT"] [within 300ms]
+//	FLAGS [SEQ:END[(LEN)]] [ack N] [win N] [urg N] [<OPTIONS>] ["TEXT"] [within 300ms]
 //
-// FLAGS are of "SFRPU." as in packetdrill; P is not compared. END does not count
+// FLAGS are of "SFRPU." as in packetdrill; P is not compared. urg is the urgent
+// pointer of a segment to be sent, with U. END does not count
 // SYN and FIN. What is left out is, of a segment to be sent: the next sequence
 // number, the acknowledgement of all that came in order, the window sent last
 // (65535), timestamps when the connection has them; octets without a text are

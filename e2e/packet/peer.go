@@ -118,7 +118,7 @@ func (p *peer) send(s *segment) error {
 		data = AppendPattern(nil, p.local.Port(), max(*s.seq-1, 0), *s.end-*s.seq)
 	}
 	b := tcpwrap.Build{
-		Src: p.local, Dst: p.remote, Seq: p.isn.Add(seqnum.Size(seq)), Flags: s.flags, Window: uint16(win), Payload: data,
+		Src: p.local, Dst: p.remote, Seq: p.isn.Add(seqnum.Size(seq)), Flags: s.flags, Window: uint16(win), Urgent: uint16(s.urg), Payload: data,
 	}
 	if s.flags.Has(tcpwrap.ACK) {
 		b.Ack = p.risn.Add(seqnum.Size(ack))

@@ -38,6 +38,7 @@ type segment struct {
 	flags    tcpwrap.Flags
 	seq, end *int
 	ack, win *int
+	urg      int // urgent pointer of what is sent
 	opts     []option
 	hasOpts  bool
 	text     []byte
@@ -184,6 +185,11 @@ func parseSegment(w []string) (s segment, err error) {
 			s.ack, err = number()
 		case w[0] == "win":
 			s.win, err = number()
+		case w[0] == "urg":
+			var n *int
+			if n, err = number(); err == nil {
+				s.urg = *n
+			}
 		case w[0] == "within" && len(w) > 1:
 			s.within, err = time.ParseDuration(w[1])
 			w = w[1:]
