@@ -53,6 +53,7 @@ type Machine struct {
 
 	next   stream.Position // the next record's
 	dep    stream.Position // last record that output depends on
+	proof  stream.Position // last record that is nothing but a proof of tenure
 	stable stream.Position
 
 	nextConn  stream.ConnID
@@ -431,12 +432,16 @@ func (m *Machine) outbound(now time.Time, id PacketID, s *Segment, dying bool) {
 		m.quarantine(c, id)
 		return
 	}
+	next := m.next
 	if c != nil {
 		m.caught(c, s)
 	}
 	if _, yes := m.blocked[s.Tuple]; yes {
 		m.Ready.Decide(id, Drop)
 		return
+	}
+	if s.Flags&(FIN|RST) != 0 {
+		m.prove(next)
 	}
 	// A packet of no connection of ours is held as well: it may acknowledge what
 	// one that has ended sent last, and it may depend on all the others.
@@ -467,12 +472,24 @@ func (m *Machine) caught(c *conn, s *Segment) {
 	}
 	switch {
 	case s.Flags.Has(RST):
-		m.Append(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})
+		m.Depend(stream.ConnEnd{Conn: c.id, Reason: stream.EndReset})
 		m.forget(c)
 	case c.closed():
 		m.Append(stream.ConnEnd{Conn: c.id, Reason: c.closing()})
 		m.forget(c)
 	}
+}
+
+// prove makes what ends a connection wait for a record of its own: octets of a
+// primary that was replaced and does not know it are those that its successor
+// says, but its FIN or RST may be for what only a stranger in its place would end.
+// since is the next position as it was when the packet was caught.
+func (m *Machine) prove(since stream.Position) {
+	n := len(m.Ready.Records)
+	if m.dep >= since || n > 0 && m.proof == m.Ready.Records[n-1].Pos {
+		return
+	}
+	m.proof = m.Depend(stream.ConnEnd{Reason: stream.EndClosed})
 }
 
 // quarantine takes a connection out of protection whose TCP acknowledged

@@ -58,6 +58,7 @@ type caught struct {
 	seg  tcpwrap.Segment
 	pair *pair
 	dep  stream.Position // newest record that output depends on, when it was caught
+	next stream.Position // first record made after it was caught
 }
 
 // image is a checkpoint: where its connections stand and where the log that a
@@ -125,7 +126,7 @@ func (n *network) catch(s tcpwrap.Segment) {
 	n.id++
 	n.t.Logf("catch %d: dir %d %s seq %d ack %d flags %#x, %d octets", n.id, s.Dir, s.Tuple.Client, s.Seq, s.Ack, s.Flags, len(s.Payload))
 	p := n.pairOf(s.Tuple)
-	n.waits[n.id] = &caught{seg: s, pair: p, dep: n.dep}
+	n.waits[n.id] = &caught{seg: s, pair: p, dep: n.dep, next: stream.Position(len(n.log)) + 1}
 	own := s // the packet's memory is gone after the event
 	own.Payload = bytes.Clone(s.Payload)
 	n.m.Packet(n.now, n.id, &own, false)
@@ -233,6 +234,9 @@ func (n *network) verdict(v tcpwrap.Decision, c *caught) {
 	if !n.ended {
 		if c.dep > n.stable {
 			n.t.Fatalf("packet %d left at %d and depends on %d", v.ID, n.stable, c.dep)
+		}
+		if c.seg.Flags&(tcpwrap.FIN|tcpwrap.RST) != 0 && n.stable < c.next {
+			n.t.Fatalf("packet %d ends a connection at %d; no record made since is stable", v.ID, n.stable)
 		}
 		edge := c.pair.stableEdge(n.stable)
 		if c.seg.Flags.Has(tcpwrap.ACK) && c.pair.client.State != tcptest.Reset && edge.Less(c.seg.Ack) {

@@ -132,10 +132,7 @@ func (t *truth) leaves(n *node, e stream.Epoch, s *tcpwrap.Segment) {
 	old := e < t.epoch // somebody else is the primary by now
 	if s.Flags.Has(tcpwrap.RST) {
 		if old && !c.over() {
-			// Known, and among what is not promised (docs/ARCHITECTURE.md): a node that
-			// is fenced, does not know it yet and still has the address refuses what it
-			// has never heard of.
-			c.told = true
+			t.w.violate(3, "%s, fenced, resets client %d", n.name, c.name)
 		}
 		return // judged when the client believes it
 	}
