@@ -70,7 +70,7 @@ func (k *raw) fetch(path string) (io.Reader, error) {
 		return nil, err
 	}
 	_ = k.c.SetReadDeadline(time.Now().Add(patience))
-	res, err := http.ReadResponse(k.r, nil)
+	res, err := http.ReadResponse(k.r, nil) //nolint:bodyclose // the body is the caller's, and ends with the connection
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", k.name(), err)
 	}

@@ -293,7 +293,8 @@ func (e *Engine) take(l *line, s *tcpwrap.Segment) {
 		return
 	}
 	a.prompts = 0
-	if up, yes := s.Up(); yes && a.nxt.Less(up) && !(a.urgent && a.nxt.Less(a.up) && up.LessEq(a.up)) {
+	known := func(up seqnum.Value) bool { return a.urgent && a.nxt.Less(a.up) && up.LessEq(a.up) }
+	if up, yes := s.Up(); yes && a.nxt.Less(up) && !known(up) {
 		a.up, a.urgent = up, true
 		e.log(l, stream.Urgent{Conn: l.cut.Conn, Up: up}, event{evUrgent, up, nil})
 	}
