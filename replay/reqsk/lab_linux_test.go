@@ -67,7 +67,7 @@ func newLab(t testing.TB, v6 bool) *lab {
 		// two seconds, nothing is sent from it.
 		sysctl(t, ns, "net/ipv6/conf/default/accept_dad", "0")
 	}
-	fmt.Fprintf(&script, "link set lo up\naddr add %v dev lo\n", l.prefix(l.caddr))
+	fmt.Fprintf(&script, "link set lo up\naddr add %v dev lo nodad\n", l.prefix(l.caddr))
 	for i, dev := range []string{"cold", "cnew"} {
 		fmt.Fprintf(&script, "link add %s type veth peer name dev0 netns %s\n", dev, []string{l.old, l.new}[i])
 		fmt.Fprintf(&script, "addr add %s dev %s nodad\nlink set %s up\n", l.link(i+1, 1), dev, dev)
