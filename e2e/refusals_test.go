@@ -52,7 +52,7 @@ func TestRefusals(t *testing.T) {
 		{"wrong certificate", secretOf(standby.join) + fingerprint(other.join) + addr, nil, exitcode.Failed, []string{"certificate"}},
 	} {
 		t.Run(r.name, func(t *testing.T) {
-			w := &world{T: t, lab: w.lab, client: w.client, primary: w.primary, dir: w.dir, starts: w.starts + 100}
+			w := &world{T: t, lab: w.lab, client: w.client, primary: w.primary, dir: w.dir, vips: w.vips, service: w.service, starts: w.starts + 100}
 			a := w.tryProtect(redis.PID(), r.join, r.args...)
 			a.exits(r.code)
 			w.says(a, r.says...)
