@@ -145,7 +145,7 @@ func (d *driver) packet(now time.Time, p *tcpwrap.Packet) {
 		return
 	}
 	switch {
-	case d.frozen() && d.engine != nil && d.engine.Owns(s.Tuple):
+	case d.frozen() && d.engine != nil && d.engine.Owns(s.Tuple) && !asks(&s):
 		d.dp.Verdict(p.ID, tcpwrap.Drop) // nothing may be made in a server that is being dumped
 	case d.engine != nil && d.engine.Owns(s.Tuple) && d.engine.Packet(now, p.ID, &s):
 	case d.machine != nil:
@@ -158,6 +158,12 @@ func (d *driver) packet(now time.Time, p *tcpwrap.Packet) {
 	default:
 		d.dp.Verdict(p.ID, tcpwrap.Drop)
 	}
+}
+
+// asks reports whether a segment is a client's SYN: that is answered without the
+// server, and one that is dropped costs the client a second.
+func asks(s *tcpwrap.Segment) bool {
+	return s.Dir == tcpwrap.Inbound && s.Flags&(tcpwrap.SYN|tcpwrap.ACK) == tcpwrap.SYN
 }
 
 // carryOut does what the machines want done. The caller holds mu.
