@@ -128,6 +128,7 @@ type Waiting struct {
 type Stats struct {
 	Injected, InjectedBytes   uint64
 	Swallowed, SwallowedBytes uint64
+	HeardBytes                uint64 // octets that the restored server said for the first time
 	Resent                    uint64
 	Kept                      uint64 // output the client had not seen, kept for go-live
 	Refused                   uint64 // client packets dropped for want of room
@@ -534,6 +535,7 @@ func (e *Engine) fromServer(now time.Time, l *line, id tcpwrap.PacketID, s *tcpw
 	probe := s.Len() == 0 && s.Seq.Less(l.kSure) // keep-alive or of a shut window: it wants an answer
 	e.compare(l, s)
 	if l.kNxt.Less(end) {
+		e.stats.HeardBytes += uint64(l.kNxt.To(end))
 		l.kNxt, l.grew = end, now
 	}
 	l.kSure = seqnum.Max(l.kSure, end)

@@ -141,7 +141,8 @@ func (l *line) offer(ack seqnum.Value) (seqnum.Value, uint16) {
 	// is left unacknowledged counts as under way, and a TCP that has had a timeout
 	// (its packets wait here, on a loaded host for long) sends one segment at a time.
 	if over := n % unit; over != 0 && ack.Less(l.ack) && n-over < ack.To(l.ack) {
-		if less := ack.Sub(unit - over); l.told.LessEq(less) {
+		// One that stands still all the same gets the whole acknowledgement.
+		if less := ack.Sub(unit - over); l.probes == 0 && l.told.LessEq(less) {
 			ack, n = less, n+unit-over
 		} else if n < unit { // nothing else would let it go on
 			n = unit

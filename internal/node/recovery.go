@@ -324,7 +324,8 @@ func (r *recovery) progress(ctx context.Context, done func() bool) error {
 		if ok {
 			return nil
 		}
-		st.Resent = 0 // repeating oneself is no progress
+		// Repeating oneself is no progress, on neither side, nor is answering clients.
+		st.Resent, st.Swallowed, st.SwallowedBytes, st.Answered, st.Refused = 0, 0, 0, 0, 0
 		if st != last {
 			last, moved = st, time.Now()
 		}
