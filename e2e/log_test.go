@@ -68,6 +68,7 @@ func TestLogFull(t *testing.T) {
 	t.Cleanup(func() { _ = w.logHost.Command("umount", "-l", dir).Run() })
 	redis, _, _, log := w.trio()
 	k := w.dial()
+	w.untilStatus(w.primary, "it is protected", func(s control.Status) bool { return s.Protected }) // a standby does not begin with a log that is full
 	// All but so much that a few generations fit.
 	run("sh", "-c", "fallocate -l $(($(df -B1 --output=avail "+dir+" | tail -1) - 24000000)) "+dir+"/ballast")
 	value := noise(w.seed, 48<<20)
