@@ -260,9 +260,15 @@ func adopt(m *tcpwrap.Machine, svc service, socks []checkpoint.Socket, at stream
 // carried reports whether a socket of an image is a connection of the service
 // that a recovery brings back.
 func carried(svc service, s checkpoint.Socket) bool {
+	return connected(s) && (svc.serves(s.Tuple) || svc.dialled(s.Tuple))
+}
+
+// connected reports whether a socket of an image is a TCP connection with a peer
+// that may still speak.
+func connected(s checkpoint.Socket) bool {
 	switch s.State {
 	case checkpoint.Established, checkpoint.FinWait1, checkpoint.FinWait2, checkpoint.CloseWait, checkpoint.LastAck, checkpoint.Closing:
-		return s.Stream && (svc.serves(s.Tuple) || svc.dialled(s.Tuple))
+		return s.Stream
 	}
 	return false
 }

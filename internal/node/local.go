@@ -70,11 +70,7 @@ func newSuccessor(ctx context.Context, cfg config.Protect, p *primary, out io.Wr
 		cancel()
 		s.closeRecreator()
 		_ = s.capsule.Close()
-		if s.leaves {
-			s.translated.close()
-		} else {
-			s.translated.remove()
-		}
+		s.endTranslations()
 		_ = os.RemoveAll(s.images)
 	}
 	return &successor{standby: s, p: p}, end, nil

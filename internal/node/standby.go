@@ -142,13 +142,7 @@ func Standby(ctx context.Context, cfg config.Standby, out io.Writer, log *slog.L
 		}
 		return exitcode.Wrap(exitcode.Failed, err)
 	}
-	defer func() {
-		if s.leaves {
-			s.translated.close()
-		} else {
-			s.translated.remove()
-		}
-	}()
+	defer s.endTranslations()
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -235,6 +229,16 @@ func (s *standby) closeLog() {
 	if s.srv != nil {
 		s.srv.Shutdown()
 	}
+}
+
+// endTranslations leaves the list of translated connections to whoever protects
+// the capsule next, if that outlives us.
+func (s *standby) endTranslations() {
+	if s.leaves {
+		s.translated.close()
+		return
+	}
+	s.translated.remove()
 }
 
 // follow keeps the ledger up to date for as long as ctx lives.

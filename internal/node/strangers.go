@@ -13,11 +13,8 @@ import (
 func strangers(svc service, socks []checkpoint.Socket) []checkpoint.Socket {
 	var out []checkpoint.Socket
 	for _, s := range socks {
-		switch s.State {
-		case checkpoint.Established, checkpoint.FinWait1, checkpoint.FinWait2, checkpoint.CloseWait, checkpoint.LastAck, checkpoint.Closing:
-			if s.Stream && svc.at(s.Tuple.Server) && !svc.serves(s.Tuple) {
-				out = append(out, s)
-			}
+		if connected(s) && svc.at(s.Tuple.Server) && !svc.serves(s.Tuple) {
+			out = append(out, s)
 		}
 	}
 	return out
